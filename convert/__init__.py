@@ -1,0 +1,1 @@
+"""Checkpoints: reading the official, fla and converted formats, and writing converted ones."""
