@@ -1,0 +1,1 @@
+"""The ``rodimus-mlx`` command: parse, import late, call one function, print."""

@@ -1,0 +1,109 @@
+"""Sliding-window shared-key attention, SW-SKA (paper, section 3.4): H query heads, one key head, H value heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .config import RodimusConfig
+
+QUERY_BLOCK = 512  # queries that share one block of scores
+
+
+class SharedKeyAttention(nn.Module):
+    """Attention whose heads share their keys, over a window of W // 2 + 1 tokens.
+
+    The cache holds keys and values as one head each, [B, 1, T, Hk * head] and [B, 1, T, Hv * head], because the stock
+    caches size values by the keys' head count; heads are views of it, and the shared key is never repeated in memory.
+    """
+
+    def __init__(self, config: RodimusConfig):
+        super().__init__()
+        self.heads = (config.num_heads, config.num_heads_k, config.num_heads_v)
+        self.head_dim = config.head_dim
+        self.window = config.window_keys
+        self.rope_dims = config.rope_dims
+        self.rope_base = config.rotary_emb_base
+        self.qkv_proj = nn.Linear(config.d_model, sum(self.heads) * config.head_dim, bias=False)
+        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
+        """Attend over x [B, T, d] and what the cache holds.
+
+        mask: without a cache, [B, T] bool, False for padding; with one, what `decode_mask` gave when T is 1.
+        """
+        batch, length, _ = x.shape
+        num_heads, num_k, num_v = self.heads
+        qkv = self.qkv_proj(x)
+        split = (num_heads + num_k) * self.head_dim
+        qk = qkv[..., :split].reshape(batch, length, num_heads + num_k, self.head_dim).swapaxes(1, 2)
+        if self.rope_dims:
+            offset = 0 if cache is None else cache.offset
+            qk = mx.fast.rope(
+                qk, self.rope_dims, traditional=False, base=self.rope_base, scale=1.0, offset=offset
+            )  # [B, H + Hk, T, head]
+        q = qk[:, :num_heads]
+        k = self._fold(qk[:, num_heads:])  # [B, 1, T, Hk * head]
+        v = qkv[:, None, :, split:]  # [B, 1, T, Hv * head]
+        starts = None
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+            starts = getattr(cache, "left_padding", None)  # the first real key of each row, in a batch
+        k, v = self._heads(k, num_k), self._heads(v, num_v)  # [B, H, S, head]
+        if length == 1 and cache is not None:
+            o = self._attend(q, k, v, mask)
+        else:
+            o = self._attend_banded(q, k, v, starts, mask if cache is None else None)
+        return self.out_proj(o.swapaxes(1, 2).reshape(batch, length, -1))
+
+    def _fold(self, x: mx.array) -> mx.array:
+        """[B, heads, T, head] -> [B, 1, T, heads * head]."""
+        batch, heads, length, _ = x.shape
+        return x if heads == 1 else x.swapaxes(1, 2).reshape(batch, 1, length, -1)
+
+    def _heads(self, x: mx.array, heads: int) -> mx.array:
+        """[B, 1, S, heads * head] -> [B, H, S, head]: query head i uses head i mod `heads`."""
+        batch, _, length, _ = x.shape
+        x = x.reshape(batch, length, heads, self.head_dim).swapaxes(1, 2)
+        if heads == 1:
+            return mx.broadcast_to(x, (batch, self.heads[0], length, self.head_dim))
+        return x if heads == self.heads[0] else mx.tile(x, (1, self.heads[0] // heads, 1, 1))
+
+    def _attend(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
+
+    def _attend_banded(
+        self, q: mx.array, k: mx.array, v: mx.array, starts: mx.array | None, real: mx.array | None
+    ) -> mx.array:
+        """Causal attention of the last T of S tokens, block by block, so that no score lies far outside the window.
+
+        starts: [B], the first real key of each row; real: [B, S], False for padding.
+        """
+        length, total = q.shape[2], k.shape[2]
+        past = total - length
+        window = total if self.window is None else self.window
+        outputs = []
+        for begin in range(0, length, QUERY_BLOCK):
+            end = min(begin + QUERY_BLOCK, length)
+            first = max(0, past + begin - window + 1)  # the first key that the block's first query sees
+            last = past + end
+            keys, values = k[:, :, first:last], v[:, :, first:last]
+            mask: mx.array | str = "causal"
+            if starts is not None or real is not None or past + end - window > first:
+                rows = mx.arange(past + begin, last)[:, None]
+                columns = mx.arange(first, last)
+                mask = (columns <= rows) & (columns > rows - window)
+                if starts is not None:
+                    mask = mask & (columns >= starts[:, None, None, None])
+                if real is not None:
+                    mask = mask & real[:, None, None, first:last]
+                mask = mask | (columns == rows)  # padding sees itself: a softmax over nothing would be NaN
+            outputs.append(self._attend(q[:, :, begin:end], keys, values, mask))
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+
+
+def decode_mask(cache: Any) -> mx.array | None:
+    """The mask that one more token needs over what the cache will hold; None where every key is seen."""
+    return cache.make_mask(1, window_size=None, return_array=False)

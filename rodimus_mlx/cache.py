@@ -1,0 +1,36 @@
+"""What a layer remembers, on mlx-lm's own cache classes, so that its prompt-cache files, batches and server work.
+
+A mixer keeps an `ArraysCache` of two: the convolution's last inputs [B, d_conv - 1, D] and the state [B, n, D] in
+float32. An attention keeps the last W // 2 + 1 tokens in a `RotatingKVCache`, all of them in a `KVCache` without window.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
+
+from .config import RodimusConfig
+
+
+def make_cache(config: RodimusConfig) -> list[Any]:
+    """An empty cache for each layer: ArraysCache for Rodimus, CacheList(ArraysCache, attention's) for Rodimus+."""
+    return [_layer_cache(config) for _ in range(config.n_layer)]
+
+
+def _layer_cache(config: RodimusConfig) -> Any:
+    mixer = ArraysCache(2)
+    if not config.has_attention:
+        return mixer
+    window = config.window_keys
+    return CacheList(mixer, KVCache() if window is None else RotatingKVCache(max_size=window))
+
+
+def mixer_cache(layer: Any) -> Any:
+    """The mixer's part of a layer's cache."""
+    return layer[0] if isinstance(layer, CacheList) else layer
+
+
+def attention_cache(layer: Any) -> Any:
+    """The attention's part of a layer's cache; None for a layer without attention, or without a cache."""
+    return layer[1] if isinstance(layer, CacheList) else None

@@ -1,0 +1,167 @@
+"""The language model: tokens -> embedding -> blocks -> norm -> logits.
+
+Symbols, here and in the layers: B batch, L or T tokens, d model width, D width of the values, n key size,
+H query heads, h the residual stream (float32 through all layers where the config says residual_in_fp32).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .attention import SharedKeyAttention, decode_mask
+from .cache import attention_cache, make_cache, mixer_cache
+from .config import RodimusConfig
+from .mixer import DDTSMixer
+
+
+@partial(mx.compile, shapeless=True)
+def _swiglu(value: mx.array, gate: mx.array) -> mx.array:
+    return nn.silu(gate) * value
+
+
+class FFN(nn.Module):
+    """Gated linear unit: out_proj(silu(gate) * value), value first in `fc`."""
+
+    def __init__(self, config: RodimusConfig):
+        super().__init__()
+        self.fc = nn.Linear(config.d_model, 2 * config.d_ffn, bias=False)  # value | gate
+        self.out_proj = nn.Linear(config.d_ffn, config.d_model, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[B, L, d] -> [B, L, d]."""
+        value, gate = mx.split(self.fc(x), 2, axis=-1)
+        return self.out_proj(_swiglu(value, gate))
+
+
+class Norm(nn.RMSNorm):
+    """RMSNorm of the float32 stream, given in the type of its weight, in which the layer behind it computes."""
+
+    def __call__(self, h: mx.array) -> mx.array:
+        """[B, L, d] -> [B, L, d]."""
+        return mx.fast.rms_norm(h, self.weight, self.eps).astype(self.weight.dtype)
+
+
+class RodimusBlock(nn.Module):
+    """h <- h + mixer(norm(h))."""
+
+    def __init__(self, config: RodimusConfig):
+        super().__init__()
+        self.mixer_norm = Norm(config.d_model, eps=config.norm_epsilon)
+        self.mixer = DDTSMixer(config)
+
+    def __call__(self, h: mx.array, masks: Masks, cache: Any = None) -> mx.array:
+        """[B, L, d] -> [B, L, d]; moves the cache on."""
+        return h + self.mixer(self.mixer_norm(h), masks.padding, mixer_cache(cache))
+
+
+class RodimusPlusBlock(RodimusBlock):
+    """m <- h + mixer(norm(h));  h <- m + ffn(norm(m + attn(norm(m)))): the two-hop residual (paper, section 3.5).
+
+    The attention's output reaches the stream through the FFN alone.
+    """
+
+    def __init__(self, config: RodimusConfig):
+        super().__init__(config)
+        self.attn_norm = Norm(config.d_model, eps=config.norm_epsilon)
+        self.attn = SharedKeyAttention(config)
+        self.ffn_norm = Norm(config.d_model, eps=config.norm_epsilon)
+        self.ffn = FFN(config)
+
+    def __call__(self, h: mx.array, masks: Masks, cache: Any = None) -> mx.array:
+        """[B, L, d] -> [B, L, d]; moves the cache on."""
+        m = super().__call__(h, masks, cache)
+        a = self.attn(self.attn_norm(m), masks.attention, attention_cache(cache))
+        return m + self.ffn(self.ffn_norm(m + a))
+
+
+class Masks:
+    """What the layers must know of padding, worked out once for all of them.
+
+    padding: [B, L] bool for the mixers, False for padding; None: every token is real.
+    attention: the same without a cache; with one, the mask over its keys that a single token needs, or None.
+    """
+
+    def __init__(self, length: int, mask: mx.array | None, cache: list[Any] | None):
+        if cache is None:
+            self.padding = self.attention = mask
+            return
+        self.padding = mixer_cache(cache[0]).make_mask(length)
+        keys = attention_cache(cache[0])
+        self.attention = decode_mask(keys) if keys is not None and length == 1 else None
+
+
+class RodimusModel(nn.Module):
+    """Everything but the output head."""
+
+    def __init__(self, config: RodimusConfig):
+        super().__init__()
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.embedding_scale = config.mem_size**0.5 if config.use_scale_embedding else None
+        self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
+        if config.use_norm_embedding:
+            self.embed_norm = Norm(config.d_model, eps=config.norm_epsilon)
+        block = RodimusPlusBlock if config.has_attention else RodimusBlock
+        self.layers = [block(config) for _ in range(config.n_layer)]
+        self.norm_f = Norm(config.d_model, eps=config.norm_epsilon)
+
+    def __call__(self, tokens: mx.array, cache: list[Any] | None = None, mask: mx.array | None = None) -> mx.array:
+        """tokens [B, L] -> the last norm's output [B, L, d]."""
+        h = self.embeddings(tokens)
+        if self.embedding_scale is not None:
+            h = h * self.embedding_scale
+        if "embed_norm" in self:
+            h = self.embed_norm(h)
+        if self.residual_in_fp32:
+            h = h.astype(mx.float32)
+        masks = Masks(tokens.shape[1], mask, cache)
+        for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers)):
+            h = layer(h, masks, layer_cache)
+        return self.norm_f(h)
+
+
+class Model(nn.Module):
+    """A Rodimus or Rodimus+ language model, with the interface that mlx-lm expects of one."""
+
+    def __init__(self, config: RodimusConfig):
+        super().__init__()
+        self.args = config
+        self.model_type = "rodimus"
+        self.model = RodimusModel(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def __call__(self, tokens: mx.array, cache: list[Any] | None = None, mask: mx.array | None = None) -> mx.array:
+        """Logits of the next token at every position.
+
+        Shapes:
+            tokens: [B, L] integers
+            cache: from `make_cache`, moved on by L tokens; the result does not depend on how a text is cut into calls
+            mask: [B, L] bool, False for padding; without a cache only (a cache knows its own padding)
+
+        Returns:
+            logits [B, L, vocab], in the type of the weights.
+        """
+        h = self.model(tokens, cache, mask)
+        return self.lm_head(h) if "lm_head" in self else self.model.embeddings.as_linear(h)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The blocks, for mlx-lm's tuner and tools."""
+        return self.model.layers
+
+    def make_cache(self) -> list[Any]:
+        """An empty cache, one entry a layer."""
+        return make_cache(self.args)
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Weights under an official or fla checkpoint's names, or our own, to our own names."""
+        from .convert.mapping import map_weights  # only mlx-lm's own loader comes this way
+
+        return map_weights(weights, self.args)
+
+
+ModelArgs = RodimusConfig  # mlx-lm's name for it
