@@ -29,10 +29,17 @@ class SharedKeyAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.d_model, sum(self.heads) * config.head_dim, bias=False)
         self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
+    def __call__(
+        self,
+        x: mx.array,
+        mask: mx.array | None = None,
+        cache: Any = None,
+        documents: mx.array | None = None,
+    ) -> mx.array:
         """Attend over x [B, T, d] and what the cache holds.
 
         mask: without a cache, [B, T] bool, False for padding; with one, what `decode_mask` gave when T is 1.
+        documents: [B, T], without a cache: tokens see only tokens of the same number.
         """
         batch, length, _ = x.shape
         num_heads, num_k, num_v = self.heads
@@ -55,7 +62,7 @@ class SharedKeyAttention(nn.Module):
         if length == 1 and cache is not None:
             o = self._attend(q, k, v, mask)
         else:
-            o = self._attend_banded(q, k, v, starts, mask if cache is None else None)
+            o = self._attend_banded(q, k, v, starts, mask if cache is None else None, documents)
         return self.out_proj(o.swapaxes(1, 2).reshape(batch, length, -1))
 
     def _fold(self, x: mx.array) -> mx.array:
@@ -75,11 +82,17 @@ class SharedKeyAttention(nn.Module):
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
 
     def _attend_banded(
-        self, q: mx.array, k: mx.array, v: mx.array, starts: mx.array | None, real: mx.array | None
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        starts: mx.array | None,
+        real: mx.array | None,
+        documents: mx.array | None,
     ) -> mx.array:
         """Causal attention of the last T of S tokens, block by block, so that no score lies far outside the window.
 
-        starts: [B], the first real key of each row; real: [B, S], False for padding.
+        starts: [B], the first real key of each row; real: [B, S], False for padding; documents: [B, S].
         """
         length, total = q.shape[2], k.shape[2]
         past = total - length
@@ -91,7 +104,8 @@ class SharedKeyAttention(nn.Module):
             last = past + end
             keys, values = k[:, :, first:last], v[:, :, first:last]
             mask: mx.array | str = "causal"
-            if starts is not None or real is not None or past + end - window > first:
+            padded = starts is not None or real is not None
+            if padded or documents is not None or past + end - window > first:
                 rows = mx.arange(past + begin, last)[:, None]
                 columns = mx.arange(first, last)
                 mask = (columns <= rows) & (columns > rows - window)
@@ -99,7 +113,10 @@ class SharedKeyAttention(nn.Module):
                     mask = mask & (columns >= starts[:, None, None, None])
                 if real is not None:
                     mask = mask & real[:, None, None, first:last]
-                mask = mask | (columns == rows)  # padding sees itself: a softmax over nothing would be NaN
+                if documents is not None:
+                    mask = mask & (documents[:, None, begin:end, None] == documents[:, None, None, first:last])
+                if padded:
+                    mask = mask | (columns == rows)  # padding sees itself: a softmax over nothing would be NaN
             outputs.append(self._attend(q[:, :, begin:end], keys, values, mask))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 

@@ -1,7 +1,7 @@
 """What a layer remembers, on mlx-lm's own cache classes, so that its prompt-cache files, batches and server work.
 
 A mixer keeps an `ArraysCache` of two: the convolution's last inputs [B, d_conv - 1, D] and the state [B, n, D] in
-float32. An attention keeps the last W // 2 + 1 tokens in a `RotatingKVCache`, all of them in a `KVCache` without window.
+float32. An attention keeps the last W // 2 + 1 tokens in a `RotatingKVCache`, or without window all in a `KVCache`.
 """
 
 from __future__ import annotations

@@ -12,6 +12,9 @@ from .config import RodimusConfig
 from .recurrence import recurrence
 
 
+FORGET = -1e4  # a log decay after which nothing is left: exp of it is 0 in float32
+
+
 class CausalConv(nn.Module):
     """Depthwise causal convolution over time, one filter of `taps` weights for each feature, then SiLU."""
 
@@ -20,11 +23,16 @@ class CausalConv(nn.Module):
         self.weight = mx.zeros((features, taps))  # the last tap meets the current token
         self.bias = mx.zeros((features,))
 
-    def __call__(self, x: mx.array, tail: mx.array) -> mx.array:
-        """Convolve x [B, T, D] that follows the inputs `tail` [B, taps - 1, D]."""
+    def __call__(self, x: mx.array, tail: mx.array, age: mx.array | None = None) -> mx.array:
+        """Convolve x [B, T, D] that follows the inputs `tail` [B, taps - 1, D].
+
+        age: [B, T], tokens since the start of each token's document, beyond which no tap reaches; None: no borders.
+        """
         taps, length = self.weight.shape[1], x.shape[1]
         padded = mx.concatenate([tail, x], axis=1)
         shifted = [padded[:, i : i + length] for i in range(taps)]
+        if age is not None:
+            shifted = [mx.where((age >= taps - 1 - i)[..., None], s, 0) for i, s in enumerate(shifted)]
         return _weighted_sum(shifted, [self.weight[:, i] for i in range(taps)], self.bias)
 
 
@@ -49,16 +57,15 @@ def gates(qkgt: mx.array, bias: mx.array, norm_floor: float) -> tuple[mx.array, 
         q, k and log_decay, each [B, T, n] float32.
     """
     q, k, gate, temperature = mx.split(qkgt.astype(mx.float32), 4, axis=-1)
-    key, log_decay = _select(k, gate, temperature, *mx.split(bias.astype(mx.float32), 2), mx.array(norm_floor))
+    gate_bias, temperature_bias = mx.split(bias.astype(mx.float32), 2)
+    key, log_decay = _select(k, gate + gate_bias, temperature + temperature_bias, mx.array(norm_floor))
     return q, key, log_decay
 
 
 @partial(mx.compile, shapeless=True)
-def _select(
-    k: mx.array, gate: mx.array, temperature: mx.array, gate_bias: mx.array, temp_bias: mx.array, floor: mx.array
-) -> tuple[mx.array, mx.array]:
-    gate = mx.logaddexp(gate + gate_bias, 0.0)
-    temperature = mx.sigmoid(temperature + temp_bias)
+def _select(k: mx.array, gate: mx.array, temperature: mx.array, floor: mx.array) -> tuple[mx.array, mx.array]:
+    gate = mx.logaddexp(gate, 0.0)
+    temperature = mx.sigmoid(temperature)
     k = k / mx.maximum(mx.sqrt((k * k).sum(axis=-1, keepdims=True)), floor)
     return k * gate**temperature, -gate * temperature
 
@@ -92,15 +99,27 @@ class DDTSMixer(nn.Module):
         self.act_norm = nn.RMSNorm(inner, eps=config.norm_epsilon)
         self.out_proj = nn.Linear(inner, d, bias=False)
 
-    def __call__(self, h: mx.array, mask: mx.array | None = None, cache: ArraysCache | None = None) -> mx.array:
-        """Mix h [B, T, d] over time; mask [B, T] is False for padding; the cache is moved on by T tokens."""
+    def __call__(
+        self,
+        h: mx.array,
+        mask: mx.array | None = None,
+        cache: ArraysCache | None = None,
+        age: mx.array | None = None,
+    ) -> mx.array:
+        """Mix h [B, T, d] over time; the cache is moved on by T tokens.
+
+        mask: [B, T] bool, False for padding.
+        age: [B, T], tokens since the start of each token's document, where several share a row: 0 forgets the past.
+        """
         x, z = mx.split(self.fc(h), 2, axis=-1)  # [B, T, D] each
         if mask is not None:
             x = mx.where(mask[..., None], x, 0)
         tail, state = self._recall(x, cache)
-        c = self.conv(x, tail)
+        c = self.conv(x, tail, age)
         v = _gate_value(self.ch_gate_1(self.ch_gate_0(x)), x)
         q, k, log_decay = gates(self.qkgt_proj(c), self.gate_bias, self.norm_floor)
+        if age is not None:
+            log_decay = mx.where((age == 0)[..., None], FORGET, log_decay)
         o, state = recurrence(q, k, v, log_decay, state, mask)
         if cache is not None:
             self._remember(cache, tail, x, state)
@@ -109,9 +128,10 @@ class DDTSMixer(nn.Module):
 
     def _recall(self, x: mx.array, cache: ArraysCache | None) -> tuple[mx.array, mx.array | None]:
         """The convolution's last inputs [B, taps - 1, D], zeros at the start, and the state."""
-        if cache is not None and cache[0] is not None:
-            return cache[0], cache[1]
-        return mx.zeros((x.shape[0], self.conv.weight.shape[1] - 1, x.shape[2]), x.dtype), None
+        tail, state = (None, None) if cache is None else (cache[0], cache[1])
+        if tail is None:
+            tail = mx.zeros((x.shape[0], self.conv.weight.shape[1] - 1, x.shape[2]), x.dtype)
+        return tail, state
 
     def _remember(self, cache: ArraysCache, tail: mx.array, x: mx.array, state: mx.array) -> None:
         keep, length = tail.shape[1], x.shape[1]

@@ -55,7 +55,7 @@ class RodimusBlock(nn.Module):
 
     def __call__(self, h: mx.array, masks: Masks, cache: Any = None) -> mx.array:
         """[B, L, d] -> [B, L, d]; moves the cache on."""
-        return h + self.mixer(self.mixer_norm(h), masks.padding, mixer_cache(cache))
+        return h + self.mixer(self.mixer_norm(h), masks.padding, mixer_cache(cache), masks.age)
 
 
 class RodimusPlusBlock(RodimusBlock):
@@ -74,24 +74,37 @@ class RodimusPlusBlock(RodimusBlock):
     def __call__(self, h: mx.array, masks: Masks, cache: Any = None) -> mx.array:
         """[B, L, d] -> [B, L, d]; moves the cache on."""
         m = super().__call__(h, masks, cache)
-        a = self.attn(self.attn_norm(m), masks.attention, attention_cache(cache))
+        a = self.attn(self.attn_norm(m), masks.attention, attention_cache(cache), masks.documents)
         return m + self.ffn(self.ffn_norm(m + a))
 
 
 class Masks:
-    """What the layers must know of padding, worked out once for all of them.
+    """What the layers must know of padding and documents, worked out once for all of them.
 
     padding: [B, L] bool for the mixers, False for padding; None: every token is real.
     attention: the same without a cache; with one, the mask over its keys that a single token needs, or None.
+    documents: [B, L], the number of each token's document where several are packed in a row; None: one a row.
+    age: [B, L], tokens since the start of each token's document.
     """
 
-    def __init__(self, length: int, mask: mx.array | None, cache: list[Any] | None):
+    def __init__(self, length: int, mask: mx.array | None, documents: mx.array | None, cache: list[Any] | None):
+        self.documents = documents
+        self.age = None if documents is None else _age(documents)
         if cache is None:
             self.padding = self.attention = mask
             return
+        if mask is not None or documents is not None:
+            raise ValueError("mask and documents go without a cache: a cache knows its own padding")
         self.padding = mixer_cache(cache[0]).make_mask(length)
         keys = attention_cache(cache[0])
         self.attention = decode_mask(keys) if keys is not None and length == 1 else None
+
+
+def _age(documents: mx.array) -> mx.array:
+    """[B, L] document numbers -> [B, L] tokens since the start of each."""
+    position = mx.broadcast_to(mx.arange(documents.shape[1]), documents.shape)
+    starts = mx.concatenate([mx.ones_like(documents[:, :1]), documents[:, 1:] != documents[:, :-1]], axis=1)
+    return position - mx.cummax(mx.where(starts.astype(mx.bool_), position, 0), axis=1)
 
 
 class RodimusModel(nn.Module):
@@ -108,8 +121,14 @@ class RodimusModel(nn.Module):
         self.layers = [block(config) for _ in range(config.n_layer)]
         self.norm_f = Norm(config.d_model, eps=config.norm_epsilon)
 
-    def __call__(self, tokens: mx.array, cache: list[Any] | None = None, mask: mx.array | None = None) -> mx.array:
-        """tokens [B, L] -> the last norm's output [B, L, d]."""
+    def __call__(
+        self,
+        tokens: mx.array,
+        cache: list[Any] | None = None,
+        mask: mx.array | None = None,
+        documents: mx.array | None = None,
+    ) -> mx.array:
+        """tokens [B, L] -> the last norm's output [B, L, d]; the arguments are `Model`'s."""
         h = self.embeddings(tokens)
         if self.embedding_scale is not None:
             h = h * self.embedding_scale
@@ -117,7 +136,7 @@ class RodimusModel(nn.Module):
             h = self.embed_norm(h)
         if self.residual_in_fp32:
             h = h.astype(mx.float32)
-        masks = Masks(tokens.shape[1], mask, cache)
+        masks = Masks(tokens.shape[1], mask, documents, cache)
         for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers)):
             h = layer(h, masks, layer_cache)
         return self.norm_f(h)
@@ -134,22 +153,33 @@ class Model(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    def __call__(self, tokens: mx.array, cache: list[Any] | None = None, mask: mx.array | None = None) -> mx.array:
+    def __call__(
+        self,
+        tokens: mx.array,
+        cache: list[Any] | None = None,
+        mask: mx.array | None = None,
+        documents: mx.array | None = None,
+    ) -> mx.array:
         """Logits of the next token at every position.
 
         Shapes:
             tokens: [B, L] integers
             cache: from `make_cache`, moved on by L tokens; the result does not depend on how a text is cut into calls
             mask: [B, L] bool, False for padding; without a cache only (a cache knows its own padding)
+            documents: [B, L] integers, where several documents are packed in a row: each number's tokens get the
+                logits that they would get alone; without a cache only
 
         Returns:
             logits [B, L, vocab], in the type of the weights.
         """
-        h = self.model(tokens, cache, mask)
+        return self.head(self.model(tokens, cache, mask, documents))
+
+    def head(self, h: mx.array) -> mx.array:
+        """The last norm's output [B, L, d] -> logits [B, L, vocab]."""
         return self.lm_head(h) if "lm_head" in self else self.model.embeddings.as_linear(h)
 
     @property
-    def layers(self) -> list[nn.Module]:
+    def layers(self) -> list[RodimusBlock]:
         """The blocks, for mlx-lm's tuner and tools."""
         return self.model.layers
 
