@@ -11,7 +11,6 @@ from mlx_lm.models.cache import ArraysCache
 from .config import RodimusConfig
 from .recurrence import recurrence
 
-
 FORGET = -1e4  # a log decay after which nothing is left: exp of it is 0 in float32
 
 
