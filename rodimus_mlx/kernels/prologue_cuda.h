@@ -13,6 +13,7 @@ typedef __nv_bfloat16 bfloat16_t;
 #define UNROLL _Pragma("unroll")
 #define TG_ARRAY(type, name, size) __shared__ type name[size]
 #define TG_BARRIER() __syncthreads()
+#define SIMD_BARRIER() __syncwarp()
 
 // All 32 lanes must take part in each of these; so must all lanes in Metal whose result is used.
 #define ALL_LANES 0xffffffffu
@@ -38,3 +39,28 @@ FN float simd_broadcast(float x, uint lane) { return __shfl_sync(ALL_LANES, x, l
 FN float simd_shuffle_xor(float x, uint mask) { return __shfl_xor_sync(ALL_LANES, x, mask); }
 FN float simd_shuffle_up(float x, uint delta) { return __shfl_up_sync(ALL_LANES, x, delta); }
 FN float simd_shuffle_down(float x, uint delta) { return __shfl_down_sync(ALL_LANES, x, delta); }
+
+template <typename T>
+struct alignas(4 * sizeof(T)) Four {
+  T x[4];
+};
+
+// Four neighbours in one access; p is a multiple of four elements into an array whose memory starts where MLX put it.
+template <typename T>
+FN void load4(const T* p, float* values) {
+  const Four<T> four = *reinterpret_cast<const Four<T>*>(p);
+  UNROLL
+  for (int i = 0; i < 4; i++) {
+    values[i] = static_cast<float>(four.x[i]);
+  }
+}
+
+template <typename T>
+FN void store4(T* p, const float* values) {
+  Four<T> four;
+  UNROLL
+  for (int i = 0; i < 4; i++) {
+    four.x[i] = static_cast<T>(values[i]);
+  }
+  *reinterpret_cast<Four<T>*>(p) = four;
+}

@@ -6,6 +6,7 @@
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define TG_ARRAY(type, name, size) threadgroup type name[size]
 #define TG_BARRIER() threadgroup_barrier(mem_flags::mem_threadgroup)
+#define SIMD_BARRIER() simdgroup_barrier(mem_flags::mem_threadgroup)
 
 // C's names for float functions, precise whatever the math mode.
 FN float expf(float x) { return metal::precise::exp(x); }
@@ -19,3 +20,23 @@ FN float rsqrtf(float x) { return metal::precise::rsqrt(x); }
 FN float fabsf(float x) { return metal::abs(x); }
 FN float fmaxf(float x, float y) { return metal::max(x, y); }
 FN float fminf(float x, float y) { return metal::min(x, y); }
+
+// Four neighbours in one access; p is a multiple of four elements into an array whose memory starts where MLX put it.
+template <typename T>
+FN void load4(const device T* p, thread float* values) {
+  const vec<T, 4> v = *reinterpret_cast<const device vec<T, 4>*>(p);
+  values[0] = static_cast<float>(v.x);
+  values[1] = static_cast<float>(v.y);
+  values[2] = static_cast<float>(v.z);
+  values[3] = static_cast<float>(v.w);
+}
+
+template <typename T>
+FN void store4(device T* p, const thread float* values) {
+  vec<T, 4> v;
+  v.x = static_cast<T>(values[0]);
+  v.y = static_cast<T>(values[1]);
+  v.z = static_cast<T>(values[2]);
+  v.w = static_cast<T>(values[3]);
+  *reinterpret_cast<device vec<T, 4>*>(p) = v;
+}
