@@ -1,4 +1,4 @@
-"""safetensors files written as the numbers come: shapes are known first, so headers go first and nothing is gathered."""
+"""safetensors files written as the numbers come: all shapes are known, so headers go first and nothing is gathered."""
 
 from __future__ import annotations
 
