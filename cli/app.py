@@ -1,0 +1,102 @@
+"""Entry point: the list of commands, and how every error, warning and interrupt reaches the terminal.
+
+A command is a module with ``run`` (its signature is the command line, its docstring the help) and ``EXAMPLE``.
+Only Typer is imported here: whatever a command needs, it imports when it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import RodimusError
+from ..version import __version__
+from . import convert, generate
+
+COMMANDS = (generate, convert)
+
+EXIT_ERROR = 1
+EXIT_INTERRUPT = 130  # 128 + SIGINT, as shells report it
+
+app = typer.Typer(
+    help="Run Rodimus and Rodimus+ language models with MLX.",
+    epilog="\b\nExample:\n  rodimus-mlx generate 'def quicksort(a):' --max-tokens 100",
+    add_completion=False,
+    rich_markup_mode=None,  # plain help starts faster and fits any terminal
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+)
+for _module in COMMANDS:
+    _name = _module.__name__.rpartition(".")[2]
+    app.command(_name, epilog=f"\b\nExample:\n{_module.EXAMPLE}")(_module.run)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rodimus-mlx {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _start(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status.
+
+    0 success, 1 an error in the input, 2 a wrong option, 130 interrupted. Unexpected exceptions pass through.
+    """
+    _use_utf8()
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            status = app(arguments, prog_name="rodimus-mlx", standalone_mode=False)
+            sys.stdout.flush()
+            return status if isinstance(status, int) else 0
+        except BrokenPipeError:
+            # The reader (head, less) has gone: stop without a word, and keep Python's last flush from complaining.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_ERROR
+        except (KeyboardInterrupt, typer.Abort):
+            return EXIT_INTERRUPT
+        except RodimusError as error:
+            return _fail(str(error), EXIT_ERROR)
+        except Exception as error:
+            # Typer's usage errors have no public base class; they are known by these two attributes.
+            if not hasattr(error, "format_message"):
+                raise
+            return _fail(error.format_message(), getattr(error, "exit_code", 2))
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"Error: {_one_line(message)}", file=sys.stderr)
+    return status
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"Warning: {_one_line(str(message))}", file=sys.stderr)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _use_utf8() -> None:
+    """Text is UTF-8 whatever the locale says; what a stream cannot hold (half a surrogate pair) becomes '?'."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

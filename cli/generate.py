@@ -1,0 +1,138 @@
+"""``rodimus-mlx generate``: continue a text, or answer a message."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import RodimusError, RodimusWarning
+from . import options
+from .options import size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mlx_lm.generate import GenerationResponse
+
+EXAMPLE = "  rodimus-mlx generate 'def quicksort(a):' --max-tokens 100 --temp 0.2"
+EXIT_INTERRUPT = 130  # 128 + SIGINT, as shells report it
+
+
+def run(
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="Text; '-' or nothing reads standard input.")
+    ] = None,
+    model: options.Model = None,
+    adapter: options.Adapter = None,
+    max_tokens: options.MaxTokens = 256,
+    temp: options.Temp = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    chat: options.Chat = None,
+    system: options.System = None,
+    as_json: options.Json = False,
+) -> None:
+    """Generate text from a prompt.
+
+    The text goes to standard output as it is made; speeds and memory go to
+    standard error. Ctrl-C ends with what there is.
+    """
+    if temp == 0 and (top_p < 1 or top_k > 0 or min_p > 0):
+        warnings.warn("--top-p, --top-k and --min-p do nothing at --temp 0", RodimusWarning, stacklevel=2)
+    text = _read_prompt(prompt)
+
+    import mlx.core as mx
+    from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+    from ..generation import ROLE_TAG, encode_prompt, stream_generate
+    from ..loading import DEMO_FOLDER, load
+    from ..tokenizer import is_chat_model
+
+    if model is None:
+        print("No --model given: the bundled demo writes random letters.", file=sys.stderr)
+    loaded, tokenizer = load(model or DEMO_FOLDER, adapter_path=adapter)
+    if chat is None:
+        chat = is_chat_model(tokenizer)
+    if system is not None and not chat:
+        raise RodimusError("--system needs a chat, and this model is not known as a chat model: add --chat")
+    tokens = encode_prompt(loaded, tokenizer, _messages(system, text) if chat else text)
+
+    if seed is not None:
+        mx.random.seed(seed)
+    responses = stream_generate(
+        loaded,
+        tokenizer,
+        tokens,
+        max_tokens=max_tokens,
+        stop=[*(stop or ()), *([ROLE_TAG] if chat else ())],
+        # mlx-lm refuses a top-k of the whole vocabulary, which is no restriction
+        sampler=make_sampler(temp, top_p, min_p, top_k=top_k if top_k < loaded.args.vocab_size else 0),
+        logits_processors=make_logits_processors(
+            repetition_penalty=None if repetition_penalty == 1 else repetition_penalty
+        ),
+    )
+    result = _collect(responses, prompt_tokens=len(tokens), show=not as_json)
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        _print_speeds(result)
+    if result["finish_reason"] == "interrupt":
+        raise typer.Exit(EXIT_INTERRUPT)
+
+
+def _read_prompt(prompt: str | None) -> str:
+    """The argument, or standard input where it is '-' or absent and something is piped in."""
+    if prompt is None and sys.stdin.isatty():
+        raise typer.BadParameter("give a text, or pipe one in", param_hint="PROMPT")
+    if prompt is None or prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RodimusError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    if not prompt:
+        raise RodimusError("the prompt is empty: there is nothing to continue")
+    return prompt
+
+
+def _messages(system: str | None, text: str) -> list[dict[str, str]]:
+    question = {"role": "user", "content": text}
+    return [question] if system is None else [{"role": "system", "content": system}, question]
+
+
+def _collect(responses: Iterator[GenerationResponse], *, prompt_tokens: int, show: bool) -> dict[str, Any]:
+    """Run the generation to its end or to Ctrl-C, printing as it goes if ``show``; what --json prints."""
+    pieces: list[str] = []
+    last: GenerationResponse | None = None
+    interrupted = False
+    try:
+        for last in responses:
+            pieces.append(last.text)
+            if show:
+                print(last.text, end="", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    if show:
+        print(flush=True)
+    return {
+        "text": "".join(pieces),
+        "finish_reason": "interrupt" if interrupted or last is None else last.finish_reason,
+        "prompt_tokens": prompt_tokens,
+        "generation_tokens": last.generation_tokens if last else 0,
+        "prompt_tokens_per_second": round(last.prompt_tps, 3) if last else 0.0,
+        "generation_tokens_per_second": round(last.generation_tps, 3) if last else 0.0,
+        "peak_memory_gb": round(last.peak_memory, 6) if last else 0.0,
+    }
+
+
+def _print_speeds(result: dict[str, Any]) -> None:
+    prompt = f"prompt {result['prompt_tokens']} at {result['prompt_tokens_per_second']:.1f} tokens/s"
+    answer = f"generated {result['generation_tokens']} at {result['generation_tokens_per_second']:.1f} tokens/s"
+    print(f"{prompt}, {answer}, peak {size(result['peak_memory_gb'] * 1e9)}", file=sys.stderr)

@@ -1,0 +1,85 @@
+"""What several commands share: options with the ranges they accept, and how a size is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+
+def _between(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[float | None], float | None]:
+    """A callback that accepts numbers in [low, high], or in (low, high] if ``above``; nan and inf never."""
+    least = f"above {low:g}" if above else f"{low:g} or more"
+    wanted = least if high == math.inf else f"{least}, and at most {high:g}"
+
+    def check(value: float | None) -> float | None:
+        if value is None:
+            return None
+        if not math.isfinite(value) or value < low or value > high or (above and value == low):
+            raise typer.BadParameter(f"must be {wanted}, not {value:g}")
+        return value
+
+    return check
+
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="MODEL", help="Folder or Hugging Face id; the default is a tiny demo."),
+]
+Adapter = Annotated[
+    str | None, typer.Option("--adapter", metavar="FOLDER", help="Folder of a LoRA adapter to load on top.")
+]
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", "-n", metavar="N", callback=_between(1), help="Stop after N tokens.")
+]
+Temp = Annotated[
+    float,
+    typer.Option("--temp", "-t", metavar="T", callback=_between(0), help="Temperature; 0 takes the likeliest token."),
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        "--top-p", metavar="P", callback=_between(0, 1, above=True), help="Sample from the likeliest that sum to P."
+    ),
+]
+TopK = Annotated[
+    int, typer.Option("--top-k", metavar="K", callback=_between(0), help="Sample from the K likeliest; 0 for all.")
+]
+MinP = Annotated[
+    float,
+    typer.Option(
+        "--min-p", metavar="P", callback=_between(0, 1), help="Drop what is below P times the likeliest's probability."
+    ),
+]
+RepetitionPenalty = Annotated[
+    float,
+    typer.Option(
+        "--repetition-penalty",
+        metavar="X",
+        callback=_between(0, above=True),
+        help="Above 1: avoid the last 20 tokens.",
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", callback=_between(0, 2**64 - 1), help="Make sampling repeatable."),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", metavar="TEXT", help="Stop before TEXT; may be given more than once."),
+]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat", help="Answer the prompt or continue it; the default fits the model.", show_default=False
+    ),
+]
+System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message of a chat.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")]
+
+
+def size(count: float) -> str:
+    """Bytes for people: 3.21 GB, or 1.2 MB where that would be 0.00 GB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
