@@ -5,9 +5,11 @@ typedef unsigned int uint;
 typedef __half float16_t;
 typedef __nv_bfloat16 bfloat16_t;
 
-#define device
-#define constant
-#define thread
+// Not Metal's own words: CUDA's __device__ and __constant__ are macros made of them.
+#define DEVICE
+#define CONSTANT
+#define THREADGROUP
+#define THREAD
 
 #define FN __device__ __forceinline__
 #define UNROLL _Pragma("unroll")

@@ -1,6 +1,11 @@
-// Metal's side of the common subset. Bodies are written in plain Metal; where CUDA has another word, both prologues
-// give the one that bodies use. MLX puts its own kernels/utils.h (metal_stdlib, bfloat16_t, log1p) before this text.
+// Metal's side of the common subset: bodies use Metal's names where CUDA can be given them, else these macros.
+// MLX puts its own kernels/utils.h (metal_stdlib, bfloat16_t, log1p) before this text.
 // Never write the name of a thread attribute here: MLX declares those that it finds in the body alone.
+
+#define DEVICE device
+#define CONSTANT constant
+#define THREADGROUP threadgroup
+#define THREAD thread
 
 #define FN METAL_FUNC
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -23,8 +28,8 @@ FN float fminf(float x, float y) { return metal::min(x, y); }
 
 // Four neighbours in one access; p is a multiple of four elements into an array whose memory starts where MLX put it.
 template <typename T>
-FN void load4(const device T* p, thread float* values) {
-  const vec<T, 4> v = *reinterpret_cast<const device vec<T, 4>*>(p);
+FN void load4(const DEVICE T* p, THREAD float* values) {
+  const vec<T, 4> v = *reinterpret_cast<const DEVICE vec<T, 4>*>(p);
   values[0] = static_cast<float>(v.x);
   values[1] = static_cast<float>(v.y);
   values[2] = static_cast<float>(v.z);
@@ -32,11 +37,11 @@ FN void load4(const device T* p, thread float* values) {
 }
 
 template <typename T>
-FN void store4(device T* p, const thread float* values) {
+FN void store4(DEVICE T* p, const THREAD float* values) {
   vec<T, 4> v;
   v.x = static_cast<T>(values[0]);
   v.y = static_cast<T>(values[1]);
   v.z = static_cast<T>(values[2]);
   v.w = static_cast<T>(values[3]);
-  *reinterpret_cast<device vec<T, 4>*>(p) = v;
+  *reinterpret_cast<DEVICE vec<T, 4>*>(p) = v;
 }

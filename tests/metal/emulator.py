@@ -1,10 +1,10 @@
 """Runs kernels written for Metal on the CPU, from the text that MLX would hand to Metal's compiler.
 
-``metal_on_cpu()`` is a context in which every ``Kernel`` called with ``backend="metal"`` is captured, compiled by clang
-(from the ziglang package) against ``stand_in.h``, run by ``runtime.cpp`` and answered with its outputs.  Each launch runs
-twice, the second time with threadgroups, simdgroups and lanes in reverse, and both must agree bit for bit.  A fault
-raises ``KernelFault``: a compile error (address spaces count), a barrier or simd operation that not all reach, more than
-32 KB of threadgroup arrays, an access out of bounds, an output element left unwritten, a result that depends on order.
+Within ``metal_on_cpu()`` every ``Kernel`` called with ``backend="metal"`` is captured, compiled by clang (from the
+ziglang package) against ``stand_in.h``, run by ``runtime.cpp`` and answered with its outputs. Each launch runs twice,
+the second time with threadgroups, simdgroups and lanes in reverse, and both must agree bit for bit. A fault raises
+``KernelFault``: a compile error (address spaces count), a barrier or simd operation that not all reach, more than 32 KB
+of threadgroup arrays, an access out of bounds, an output left unwritten, a result that depends on the threads' order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import numpy as np
 from rodimus_mlx.kernels.launch import Kernel
 
 HERE = Path(__file__).parent
-THREADGROUP_LIMIT = 32 * 1024
 POISONS = (0xFF, 0xFE)  # NaN in every float type; NaN in float16, large in the others
 
 # Common to kernels and the runtime. Conversions between float types must be written out, as in Metal and CUDA.
@@ -117,9 +116,7 @@ def execute(launch: Captured, kernel: Kernel, inputs, output_shapes, output_dtyp
         raise KernelFault(f"{kernel.name}: a 0-dim input differs between Metal and CUDA: give it shape (1,)")
     threads = launch.threadgroup[0]
     if not 0 < threads <= 1024 or threads % 32 or launch.threadgroup[1:] != (1, 1):
-        raise KernelFault(
-            f"{kernel.name}: threadgroup of {launch.threadgroup}, not of 32, 64, ... 1024 threads in a row"
-        )
+        raise KernelFault(f"{kernel.name}: a threadgroup of {launch.threadgroup}, not of 32, 64, ... 1024 threads")
     groups = (launch.grid[0] // threads, *launch.grid[1:])
     if min(groups) < 1 or groups[0] * threads != launch.grid[0]:
         raise KernelFault(f"{kernel.name}: a grid of {launch.grid} threads is not one of whole threadgroups")
@@ -131,7 +128,7 @@ def execute(launch: Captured, kernel: Kernel, inputs, output_shapes, output_dtyp
         outputs = [np.empty(shape, numpy_dtype(dtype)) for shape, dtype in zip(output_shapes, output_dtypes)]
         _run(kernel, entry, sources, outputs, groups, threads, reverse, poison)
         rounds.append(outputs)
-    for name, dtype, first, second in zip(kernel.outputs, output_dtypes, *rounds):
+    for name, first, second in zip(kernel.outputs, *rounds):
         _check_output(kernel, name, first, second)
     return [mx.array(x).view(dtype) for x, dtype in zip(rounds[0], output_dtypes)]
 
@@ -161,8 +158,8 @@ def _check_output(kernel: Kernel, name: str, first: np.ndarray, second: np.ndarr
     differing = np.flatnonzero((a != b).any(1))
     if differing.size:
         raise KernelFault(
-            f"{kernel.name}: {differing.size} of {first.size} elements of `{name}` depend on the threads' "
-            f"order (a missing barrier?), the first at {_index(differing[0], first.shape)}"
+            f"{kernel.name}: {differing.size} of {first.size} elements of `{name}` depend on the "
+            f"threads' order (a missing barrier?), the first at {_index(differing[0], first.shape)}"
         )
 
 
@@ -186,7 +183,7 @@ def to_numpy(x: mx.array) -> np.ndarray:
 
 
 class _Buffer(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("name", ctypes.c_char_p),
         ("data", ctypes.c_void_p),
         ("bytes", ctypes.c_uint64),
@@ -195,7 +192,7 @@ class _Buffer(ctypes.Structure):
 
 
 class _Launch(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("group_count", ctypes.c_uint * 3),
         ("threads", ctypes.c_uint),
         ("reverse", ctypes.c_int),
@@ -284,7 +281,7 @@ def compile_library(text: str, flags: Sequence[str], name: str) -> Path:
         source = Path(scratch) / "source.cpp"
         source.write_text(text)
         built = Path(scratch) / "library.so"
-        command = [zig, "c++", *FLAGS, *flags, source, "-o", built]
+        command = [str(zig), "c++", *FLAGS, *flags, str(source), "-o", str(built)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise KernelFault(f"{name} does not compile:\n{result.stderr}")
