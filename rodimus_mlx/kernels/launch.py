@@ -30,7 +30,7 @@ What MLX does with a custom kernel, read in its sources (0.30 to 0.32):
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -97,7 +97,7 @@ class Kernel:
         threads: int,
         output_shapes: list[tuple[int, ...]],
         output_dtypes: list[mx.Dtype],
-        template: dict[str, mx.Dtype | int | bool] | None = None,
+        template: Mapping[str, mx.Dtype | int | bool] | None = None,
         backend: Backend,
     ) -> list[mx.array]:
         """Launch ``groups`` threadgroups of ``threads`` threads each (a multiple of 32, at most 1024)."""

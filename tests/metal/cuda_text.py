@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,7 +27,13 @@ TYPES = {
     mx.float32: "float",
 }
 # In place of mlx/backend/cuda/device/utils.cuh, which lies inside MLX's library.
-HEADER = "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n#include <cstdint>\n#include <cooperative_groups.h>\n"
+HEADER = """#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cstdint>
+#include <cuda/std/array>
+#include <cooperative_groups.h>
+namespace mlx::core::cu { using Shape = cuda::std::array<int32_t, 10>; }
+"""
 
 
 def cuda_text(
@@ -35,12 +41,16 @@ def cuda_text(
     inputs: Sequence[mx.array],
     *,
     output_dtypes: Sequence[mx.Dtype],
-    template: dict[str, mx.Dtype | int | bool] | None = None,
+    template: Mapping[str, mx.Dtype | int | bool] | None = None,
     **_,
 ) -> str:
     """The translation unit for one launch, from the arguments of that launch."""
     header, source = kernel.text("cuda")
-    arguments = [f"const {TYPES[x.dtype]}* {name}" for name, x in zip(kernel.inputs, inputs)]
+    arguments = []
+    for name, x in zip(kernel.inputs, inputs):
+        arguments.append(f"const {TYPES[x.dtype]}* {name}")
+        if f"{name}_shape" in source:
+            arguments.append(f"const __grid_constant__ Shape {name}_shape")
     arguments += [f"{TYPES[dtype]}* {name}" for name, dtype in zip(kernel.outputs, output_dtypes)]
     constants = "".join(f"  {_constant(name, value)};\n" for name, value in (template or {}).items())
     return (

@@ -2,9 +2,9 @@
 
 Within ``metal_on_cpu()`` every ``Kernel`` called with ``backend="metal"`` is captured, compiled by clang (from the
 ziglang package) against ``stand_in.h``, run by ``runtime.cpp`` and answered with its outputs. Each launch runs twice,
-the second time with threadgroups, simdgroups and lanes in reverse, and both must agree bit for bit. A fault raises
+the second time in reverse order and over another poison, and both must agree bit for bit. A fault raises
 ``KernelFault``: a compile error (address spaces count), a barrier or simd operation that not all reach, more than 32 KB
-of threadgroup arrays, an access out of bounds, an output left unwritten, a result that depends on the threads' order.
+of threadgroup arrays, an access out of bounds, an output left unwritten, a result that depends on order or poison.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 from rodimus_mlx.kernels.launch import Kernel
 
 HERE = Path(__file__).parent
-POISONS = (0xFF, 0xFE)  # NaN in every float type; NaN in float16, large in the others
+POISONS = (0xFF, 0xFE)  # NaN in every float type; large in float32 and bfloat16
 
 # Common to kernels and the runtime. Conversions between float types must be written out, as in Metal and CUDA.
 FLAGS = [
@@ -39,6 +39,8 @@ FLAGS = [
 ]
 KERNEL_FLAGS = [
     *("-Werror=implicit-float-conversion", "-Werror=double-promotion", "-Werror=uninitialized", "-Werror=vla"),
+    # Undefined behaviour ends in a trap, indices of local and threadgroup arrays included.
+    *("-fsanitize=bounds,shift,integer-divide-by-zero,signed-integer-overflow", "-fsanitize-trap=all"),
     *("-Werror=sometimes-uninitialized", "-Werror=return-type", "-Werror=conditional-uninitialized"),
 ]
 
@@ -70,11 +72,12 @@ class Captured:
     text: str
     grid: tuple[int, int, int]
     threadgroup: tuple[int, int, int]
+    shape_infos: list[tuple[bool, bool, bool]]  # for each input: does it pass its shape, strides, ndim
 
 
 @contextmanager
 def metal_on_cpu() -> Iterator[list[Captured]]:
-    """Within it, kernels called for Metal run here; the launches are listed in what it yields."""
+    """Within it, kernels called for Metal run here, in functions under mx.compile too; yields the list of launches."""
     launches: list[Captured] = []
 
     def call(kernel: Kernel, inputs: list[mx.array], *, backend: str, **arguments) -> list[mx.array]:
@@ -83,8 +86,12 @@ def metal_on_cpu() -> Iterator[list[Captured]]:
         launches.append(capture(kernel, inputs, **arguments))
         return execute(launches[-1], kernel, inputs, arguments["output_shapes"], arguments["output_dtypes"])
 
-    with mock.patch.object(Kernel, "__call__", call):
-        yield launches
+    mx.disable_compile()  # a compiled function's trace has no values to run on
+    try:
+        with mock.patch.object(Kernel, "__call__", call):
+            yield launches
+    finally:
+        mx.enable_compile()
 
 
 def run_metal(function: Callable, *arguments, **keywords):
@@ -107,7 +114,7 @@ def capture(kernel: Kernel, inputs: Sequence[mx.array], **arguments) -> Captured
     shapes = [mx.zeros(x.shape, x.dtype) for x in inputs]
     mx.export_function(note, lambda *xs: _plain_call(kernel, list(xs), backend="metal", **arguments), *shapes)
     name, text, *sizes = found[0][:8]
-    return Captured(name, text, tuple(sizes[:3]), tuple(sizes[3:]))
+    return Captured(name, text, tuple(sizes[:3]), tuple(sizes[3:]), found[0][8])
 
 
 def execute(launch: Captured, kernel: Kernel, inputs, output_shapes, output_dtypes) -> list[mx.array]:
@@ -122,28 +129,41 @@ def execute(launch: Captured, kernel: Kernel, inputs, output_shapes, output_dtyp
         raise KernelFault(f"{kernel.name}: a grid of {launch.grid} threads is not one of whole threadgroups")
 
     entry = load(launch)
-    sources = [to_numpy(x) for x in inputs]
+    sources = []
+    for name, x, (shape, *others) in zip(kernel.inputs, inputs, launch.shape_infos):
+        if any(others):
+            raise KernelFault(f"{kernel.name}: strides and ndim of `{name}` are outside of the common subset")
+        sources.append((name, to_numpy(x)))
+        if shape:
+            sources.append((f"{name}_shape", np.array(x.shape, np.int32)))
     rounds = []
     for reverse, poison in enumerate(POISONS):
         outputs = [np.empty(shape, numpy_dtype(dtype)) for shape, dtype in zip(output_shapes, output_dtypes)]
-        _run(kernel, entry, sources, outputs, groups, threads, reverse, poison)
+        message = _run(kernel, entry, sources, outputs, groups, threads, reverse, poison)
+        if message:
+            raise KernelFault(f"{kernel.name}: {_with_source(message, launch.text)}")
         rounds.append(outputs)
     for name, first, second in zip(kernel.outputs, *rounds):
         _check_output(kernel, name, first, second)
     return [mx.array(x).view(dtype) for x, dtype in zip(rounds[0], output_dtypes)]
 
 
-def _run(kernel, entry, sources, outputs, groups, threads, reverse, poison) -> None:
-    arrays = [*sources, *outputs]
+def _run(kernel, entry, sources, outputs, groups, threads, reverse, poison) -> str:
+    arrays = [*sources, *zip(kernel.outputs, outputs)]
     buffers = (_Buffer * len(arrays))()
-    for i, (name, array) in enumerate(zip([*kernel.inputs, *kernel.outputs], arrays)):
+    for i, (name, array) in enumerate(arrays):
         buffers[i] = _Buffer(name.encode(), array.ctypes.data, array.nbytes, i >= len(sources))
     message = ctypes.create_string_buffer(512)
     request = _Launch(
         groups, threads, reverse, poison, buffers, len(arrays), entry, ctypes.addressof(message), len(message)
     )
-    if runtime().runtime_run(ctypes.byref(request)):
-        raise KernelFault(f"{kernel.name}: {message.value.decode()}")
+    return message.value.decode() if runtime().runtime_run(ctypes.byref(request)) else ""
+
+
+def _with_source(message: str, text: str) -> str:
+    """The message, with the source line that it names by number."""
+    line = re.match(r"line (\d+): ", message)
+    return f"{message}: {text.splitlines()[int(line.group(1)) - 1]}" if line else message
 
 
 def _check_output(kernel: Kernel, name: str, first: np.ndarray, second: np.ndarray) -> None:
@@ -158,8 +178,8 @@ def _check_output(kernel: Kernel, name: str, first: np.ndarray, second: np.ndarr
     differing = np.flatnonzero((a != b).any(1))
     if differing.size:
         raise KernelFault(
-            f"{kernel.name}: {differing.size} of {first.size} elements of `{name}` depend on the "
-            f"threads' order (a missing barrier?), the first at {_index(differing[0], first.shape)}"
+            f"{kernel.name}: {differing.size} of {first.size} elements of `{name}` depend on the threads' order or on "
+            f"memory never written (no barrier? out of bounds?), the first at {_index(differing[0], first.shape)}"
         )
 
 

@@ -27,7 +27,7 @@ RULES = [
         re.compile(r"\bmetal::|\bmem_flags\b|\bthreadIdx\b|\bblockIdx\b"),
         "a name of one backend: the prologues have another",
     ),
-    (re.compile(r"\w_(?:shape|strides|ndim)\b"), "MLX adds arguments for x_shape, x_strides and x_ndim"),
+    (re.compile(r"\w_(?:strides|ndim)\b"), "MLX adds arguments for x_strides and x_ndim; x_shape alone is used here"),
     (ATTRIBUTES, "thread attributes belong to launch.py: tid, lane, simd_id, group, threads, group_count"),
     (
         re.compile(r"\b(?:device|constant|threadgroup|thread)\b"),

@@ -93,6 +93,7 @@ static void* scheduler_sp;
 static char* stacks;
 static void* kernel_buffers[64];
 static const Launch* launch;
+static uint surroundings;  // another byte: what threadgroup arrays hold, and all around them and the buffers
 static sigjmp_buf escape;
 
 static struct {
@@ -166,6 +167,10 @@ extern "C" void* runtime_threadgroup_array(uint slot, size_t bytes, const char* 
     arrays_end = (array.offset + bytes + RED_ZONE + 15) / 16 * 16;
   }
   return arena + array.offset;
+}
+
+extern "C" void runtime_misaligned(int line) {
+  fail("line %d: a pointer cast to a wider type is not aligned to it, in thread %u", line, runtime_place.thread_index);
 }
 
 extern "C" float runtime_exp(float x) { return expf(x); }
@@ -260,7 +265,7 @@ static void run_simdgroup(uint simdgroup) {
 
 static void run_threadgroup() {
   const uint threads = launch->threads, simdgroups = threads / LANES;
-  memset(arena, 0xff, ARENA);
+  memset(arena, static_cast<int>(surroundings), ARENA);
   for (uint i = 0; i < threads; i++) {
     prepare(i);
   }
@@ -299,7 +304,7 @@ static void run_threadgroup() {
       continue;
     }
     const size_t end = last ? ARENA : arrays[slot].offset;
-    if (arena[start] != 0xff || memcmp(arena + start, arena + start + 1, end - start - 1) != 0) {
+    if (arena[start] != surroundings || memcmp(arena + start, arena + start + 1, end - start - 1) != 0) {
       fail("a write outside of the threadgroup arrays, %s `%s`", last ? "after" : "before", arrays[last ? 0 : slot].name);
     }
     start = last ? end : arrays[slot].offset + arrays[slot].bytes;
@@ -329,7 +334,7 @@ static void map_buffer(uint index) {
   char* start = region.base + GUARD;
   mprotect(start, region.writable, PROT_READ | PROT_WRITE);
   region.data = start + region.writable - slots;
-  memset(start, 0xff, region.writable);
+  memset(start, static_cast<int>(surroundings), region.writable);
   if (buffer.is_output) {
     memset(region.data, static_cast<int>(launch->poison), buffer.bytes);
   } else {
@@ -352,7 +357,7 @@ static void check_and_copy_out(uint index) {
         break;
       }
     }
-    if (static_cast<uint8_t>(*p) != 0xff) {
+    if (static_cast<uint8_t>(*p) != surroundings) {
       fail("a write outside of `%s`: byte %ld of %ld", buffer.name, static_cast<long>(p - region.data),
            static_cast<long>(buffer.bytes));
     }
@@ -360,7 +365,12 @@ static void check_and_copy_out(uint index) {
   memcpy(buffer.data, region.data, buffer.bytes);
 }
 
-static void on_fault(int, siginfo_t* info, void*) {
+static void on_fault(int signal, siginfo_t* info, void*) {
+  if (signal == SIGILL || signal == SIGTRAP) {
+    fail("thread %u of threadgroup (%u, %u, %u): undefined behaviour: an index outside of a local or threadgroup "
+         "array, an integer overflow, shift or division by 0",
+         runtime_place.thread_index, runtime_place.group[0], runtime_place.group[1], runtime_place.group[2]);
+  }
   const char* address = static_cast<const char*>(info->si_addr);
   for (uint i = 0; i < launch->n_buffers; i++) {
     const Region& region = regions[i];
@@ -404,6 +414,7 @@ extern "C" int runtime_run(const Launch* request) {
   stack_t alternate = {}, alternate_before;
 
   launch = request;
+  surroundings = request->poison ^ 1;
   page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   if (stacks == nullptr && !map_memory()) {
     snprintf(request->message, request->message_bytes, "no memory for the threads' stacks");

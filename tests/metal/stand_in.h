@@ -103,3 +103,20 @@ inline float log1p(float x) {
   }
   return x * (precise::log(y) / (y - 1.0f));
 }
+
+// A cast to a wider type says that the address is aligned to it, as load4 and store4 do.
+extern "C" void runtime_misaligned(int line);
+template <typename T>
+struct Pointee;
+template <typename T>
+struct Pointee<T*> {
+  static constexpr size_t alignment = alignof(T);
+};
+template <typename To, typename From>
+METAL_FUNC To aligned_cast(From from, int line = __builtin_LINE()) {
+  if ((size_t)from % Pointee<To>::alignment != 0) {
+    runtime_misaligned(line);
+  }
+  return (To)from;
+}
+#define reinterpret_cast aligned_cast

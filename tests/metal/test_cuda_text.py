@@ -21,7 +21,7 @@ def scan(dtype: mx.Dtype) -> str:
         helpers=[SAMPLES / "scan_helpers.metal"],
     )
     inputs = [mx.zeros((8, 45), dtype), mx.zeros((8,))]
-    template = {"T": dtype, "LENGTH": 8, "WIDTH": 45, "FLAG": True}
+    template: dict = {"T": dtype, "LENGTH": 8, "WIDTH": 45, "FLAG": True}
     return cuda_text(kernel, inputs, output_dtypes=[dtype, mx.float32], template=template)
 
 
@@ -41,8 +41,15 @@ def test_scan_compiles(dtype):
 @pytest.mark.parametrize("name", ["prefix", "row_sum", "copy"])
 def test_sample_compiles(name):
     kernel = Kernel(name, inputs=["x"], outputs=["y"], body=SAMPLES / f"{name}.metal")
-    template = {"T": mx.float32, "N": 140, "BARRIER": True}
+    template: dict = {"T": mx.float32, "N": 140, "BARRIER": True}
     compile_cuda(cuda_text(kernel, [mx.zeros((140,))], output_dtypes=[mx.float32], template=template))
+
+
+@needs_nvcc
+def test_shapes_compile(tmp_path):
+    (tmp_path / "body.metal").write_text("y[tid] = x[0] * float(x_shape[tid % 2]);")
+    kernel = Kernel("body", inputs=["x"], outputs=["y"], body=tmp_path / "body.metal")
+    compile_cuda(cuda_text(kernel, [mx.zeros((3, 32))], output_dtypes=[mx.float32]))
 
 
 @needs_nvcc

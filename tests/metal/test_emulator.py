@@ -91,6 +91,34 @@ def test_scan(dtype, length, width):
     assert_close(last, state, mx.float32)
 
 
+def doubled(x: mx.array) -> mx.array:
+    return sample("copy", ["x"], ["y"])(
+        [x],
+        groups=(1, 1, 1),
+        threads=32,
+        output_shapes=[x.shape],
+        output_dtypes=[x.dtype],
+        template={"T": x.dtype, "N": x.size},
+        backend="metal",
+    )[0]
+
+
+def test_in_a_gradient_and_under_compile():
+    function = mx.custom_function(doubled)
+
+    @function.vjp
+    def doubled_vjp(primals, cotangent, output):
+        return doubled(cotangent)
+
+    x = values((64,))
+
+    def loss(x: mx.array) -> mx.array:
+        return mx.square(function(x)).sum()
+
+    gradient = run_metal(mx.compile(mx.grad(loss)), x)
+    assert_close(gradient, 8 * exact(x), mx.float32)
+
+
 @pytest.mark.parametrize("n", [1, 31, 33, 250])
 def test_prefix_sums(n):
     x = values((n,))
@@ -122,6 +150,11 @@ def test_inputs_that_are_views():
     assert_close(y, exact(x).sum(1), mx.float32)
 
 
+def test_shapes_as_arguments(tmp_path):
+    y = launch(written(tmp_path, "y[tid] = x[0] * float(x_shape[tid % 2]);"), mx.ones((3, 32)), size=32)
+    assert exact(y)[:2].tolist() == [3, 32]
+
+
 def test_launches_are_listed():
     with metal_on_cpu() as launches:
         sample("prefix", ["x"], ["y"])(
@@ -151,14 +184,15 @@ def test_reverse_without_fault():
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        pytest.param(1, "the barrier is reached by 63 of 64 threads", id="divergent_barrier"),
+        pytest.param(1, r"the barrier is reached by 63 of 64 threads .*: TG_BARRIER\(\);", id="divergent_barrier"),
         pytest.param(2, "others wait at the barrier of line", id="two_barriers"),
         pytest.param(3, r"simd_sum is reached by 27 of 32 lanes \(mask ffffffe0\)", id="divergent_simd_sum"),
         pytest.param(4, "byte 256 of `y`, which has 256", id="write_after_output"),
         pytest.param(5, "a write outside of `y`: byte -4 of 256", id="write_before_output"),
         pytest.param(6, "out of bounds: byte 1048576 of `x`", id="read_far_after_input"),
         pytest.param(7, r"1 of 64 elements of `y` are not written, the first at \(5,\)", id="unwritten"),
-        pytest.param(8, "a write outside of the threadgroup arrays, before `behind`", id="write_after_array"),
+        pytest.param(8, "thread 0 of .* an index outside of a local or threadgroup array", id="write_after_array"),
+        pytest.param(9, "a write outside of the threadgroup arrays, before `behind`", id="pointer_after_array"),
     ],
 )
 def test_fault(fault, message):
@@ -212,6 +246,20 @@ def test_does_not_compile(tmp_path, body):
     with pytest.raises(KernelFault, match="does not compile"):
         launch(written(tmp_path, body, helpers), x, size=32)
     launch(written(tmp_path, "y[tid] = 1.0f;", helpers), x, size=32)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        pytest.param("float v[4]; v[tid] = x[0]; y[tid] = v[tid];", "undefined behaviour", id="local_array"),
+        pytest.param("float v[4]; load4(x + tid, v); y[tid] = v[0];", "not aligned", id="load4_off_alignment"),
+        pytest.param("y[tid] = x[tid];", "1 of 32 .* memory never written", id="just_after_input"),
+        pytest.param("y[tid] = x[0] * float(x_shape[1]);", "memory never written", id="shape"),
+    ],
+)
+def test_undefined_behaviour(tmp_path, body, message):
+    with pytest.raises(KernelFault, match=message):
+        launch(written(tmp_path, body), values((31,)), size=32)
 
 
 def test_write_to_an_input(tmp_path):

@@ -24,7 +24,7 @@ def test_package_texts(path):
         pytest.param(True, "x = metal::exp(x);", "one backend", id="metal_namespace"),
         pytest.param(True, "uint i = threadIdx.x;", "one backend", id="thread_idx"),
         pytest.param(True, "__syncthreads();", "one backend", id="cuda_function"),
-        pytest.param(True, "int n = x_shape[0];", "MLX adds arguments", id="shape"),
+        pytest.param(True, "int n = x_strides[0];", "MLX adds arguments", id="strides"),
         pytest.param(True, "uint i = thread_position_in_grid.x;", "thread attributes", id="attribute"),
         pytest.param(True, "THREADGROUP float a[3];", "by TG_ARRAY", id="threadgroup_array"),
         pytest.param(True, "const device float* p = x;", "address spaces", id="plain_device"),
