@@ -109,9 +109,11 @@ def detect_format(names: Iterable[str], config: RodimusConfig, where: str) -> st
     """The format most of whose names are there.
 
     Raises:
-        RodimusError: none is recognised.
+        RodimusError: none is recognised, or the config has more layers than there are tensors.
     """
     names = set(names)
+    if config.n_layer > len(names):  # before names are made up for a forged billion of layers
+        raise RodimusError(f"{where}: config.json says {config.n_layer} layers, but there are {len(names)} tensors")
     shared = {EMBEDDING, HEAD}  # the same in every format
     found = {format: len((parts(config, format).keys() - shared) & names) for format in FORMATS}
     best = max(FORMATS, key=lambda format: found[format])

@@ -223,7 +223,7 @@ class _Machine:
         elif function is _Call.PARAMETER and type(arguments[0]) is TensorRecord:
             self.push(arguments[0])
         else:
-            raise _Refused("calls something that no state dict needs; nothing was run")
+            raise _Refused("calls something that a weight file may not; nothing was run")
 
     def build(self) -> None:
         target, _ = self.last(2)
@@ -233,7 +233,7 @@ class _Machine:
 
 
 def _no_global(module: str, name: str) -> str:
-    return f"asks for {shown(module)}.{shown(name)}, which no state dict needs; nothing was run"
+    return f"asks for {shown(module)}.{shown(name)}, which a weight file may not; nothing was run"
 
 
 def _size(value: Any) -> int:

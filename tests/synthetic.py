@@ -95,6 +95,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "attn_cfg": _attention(4, 16),
         "tie_word_embeddings": True,
     },
+    "miniature": {  # a few kilobytes, mostly names and headers
+        **_SHARED,
+        "vocab_size": 11,
+        "block_type": "rodimus_plus",
+        "d_model": 8,
+        "n_layer": 1,
+        "mixer_cfg": _mixer(4, normalize_epsilon=1e-5),
+        "attn_cfg": _attention(2, 16),
+        "tie_word_embeddings": True,
+    },
 }
 REPEATS_HEAD = {"1.6b", "tiny"}  # released files that hold lm_head.weight beside the embedding it is tied to
 
