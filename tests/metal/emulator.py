@@ -95,7 +95,9 @@ def metal_on_cpu() -> Iterator[list[Captured]]:
 
 
 def run_metal(function: Callable, *arguments, **keywords):
-    """``function``'s result, with its Metal kernels run on the CPU."""
+    """``function``'s result, with its Metal kernels run by Metal where there is one, else on the CPU."""
+    if mx.metal.is_available():
+        return function(*arguments, **keywords)
     with metal_on_cpu():
         return function(*arguments, **keywords)
 
