@@ -18,13 +18,13 @@ What MLX does with a custom kernel, read in its sources (0.30 to 0.32):
   shape (1,). The types are ``float16_t`` and ``bfloat16_t`` on both sides; load and store by static_cast.
 - Metal's thread attributes are declared where the body, not the header, names them.
 - Where the body holds the text ``x_shape`` for an input ``x``, its shape comes along as ints: ``x_shape[1]`` is how a
-  size that changes from call to call gets in, at no cost. (``x_strides`` and ``x_ndim`` likewise; unused here.)
+  size that changes from call to call gets in without an array. (``x_strides`` and ``x_ndim`` likewise; unused here.)
 - MLX's grid counts threads; Metal cuts the last threadgroup, CUDA rounds it up. Here the grid counts threadgroups.
 - Inputs that are not row contiguous are copied first, one launch each. Outputs start uninitialised.
 - Metal's math mode is safe unless ``compile_options`` asks for another; CUDA compiles without fast math, fma allowed.
 - Each set of templates, dtypes and small inputs is compiled once, so only sizes that stay are templates. Template ints
   become part of the function's name: none below 0.
-- Each call joins header and body into one text (3 us in all), and each evaluation hashes it: comments are cut here.
+- Each call joins header and body into one text, and each evaluation hashes it: comments are cut here.
 - There is no gradient: wrap calls in mx.custom_function.
 """
 
