@@ -77,10 +77,10 @@ def encode_prompt(model: Any, tokenizer: Any, prompt: Prompt) -> list[int]:
         tokens = list(map(int, prompt))  # type: ignore[arg-type]
     if not tokens:
         raise RodimusError("the prompt is empty: there is nothing to continue")
-    largest, vocab_size = max(tokens), model.args.vocab_size
-    if largest >= vocab_size or min(tokens) < 0:
+    vocab_size = model.args.vocab_size
+    if beyond := [token for token in tokens if not 0 <= token < vocab_size]:
         raise RodimusError(
-            f"the prompt has token {largest}, but the model's vocab_size is {vocab_size}: "
+            f"the prompt has token {beyond[0]}, but the model's vocab_size is {vocab_size}: "
             "the tokenizer belongs to another model"
         )
     return tokens

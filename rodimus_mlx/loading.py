@@ -138,5 +138,5 @@ def _add_adapter(model: Model, folder: Path) -> None:
     try:
         mlx_lm_utils.load_adapters(model, str(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise RodimusError(f"the adapter {folder} does not fit this model: {error}") from error
+        raise RodimusError(f"{folder}: the adapter does not fit this model: {error}") from error
     model.eval()
