@@ -75,6 +75,8 @@ def convert(
     if out.resolve().is_relative_to(src.resolve()):
         raise RodimusError(f"{out} lies inside the source {src}; choose a folder outside it")
     checkpoint = open_checkpoint(src)
+    if dtype is not None and "quantization" in checkpoint.config:
+        raise RodimusError(f"{src} is quantized: its dtype cannot be changed")
     config = RodimusConfig.from_dict(checkpoint.config)
     plan = plan_weights(checkpoint, config, FLOAT_DTYPES[dtype] if dtype else None)
     specs = {weight.name: Spec(weight.dtype, weight.shape) for weight in plan.weights}

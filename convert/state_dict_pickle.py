@@ -95,7 +95,8 @@ def shown(text: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    return "a table of values" if type(value) is dict else f"a {type(value).__name__}"
+    known = {dict: "a table of values", list: "a list", tuple: "a list", str: "a text", int: "a number"}
+    return known.get(type(value), "something else")
 
 
 class _Machine:

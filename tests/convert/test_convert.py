@@ -109,6 +109,8 @@ def test_quantized_weights_are_kept(source, out, arrays):
     mx.save_safetensors(str(source / "model.safetensors"), ours)
     quantization = {"group_size": 32, "bits": 4}
     (source / "config.json").write_text(json.dumps({**CONFIG, "quantization": quantization}))
+    with pytest.raises(RodimusError, match="is quantized"):
+        convert(source, out, "float16")
     convert(source, out)
     checkpoint = open_checkpoint(out)
     assert checkpoint.config["quantization"] == quantization
