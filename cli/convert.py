@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from enum import Enum
 from typing import Annotated
 
 import typer
 
-from .options import size
+from .progress import ByteProgress, size
 
 EXAMPLE = "  rodimus-mlx convert codefuse-ai/Rodimus-Plus-Coder-1.6B-Chat coder-1.6b \\\n      --dtype bfloat16"
 
@@ -34,17 +33,9 @@ def run(
     flash-linear-attention. OUT also opens in mlx-lm. It is complete or, if
     anything goes wrong, not there.
     """
-    from tqdm import tqdm
-
     from ..convert.convert import convert
     from ..hub import find_folder
 
-    folder = find_folder(source)
-    with tqdm(desc="Writing", unit="B", unit_scale=True, disable=None, leave=False, file=sys.stderr) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        summary = convert(folder, out, dtype.value if dtype else None, progress)
+    with ByteProgress("Writing") as progress:
+        summary = convert(find_folder(source), out, dtype.value if dtype else None, progress)
     print(f"{out}: {summary.parameters:,} parameters, {summary.dtype}, {size(summary.weight_bytes)}")

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import RodimusError, RodimusWarning
 from . import options
-from .options import size
+from .progress import size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

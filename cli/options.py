@@ -1,4 +1,4 @@
-"""What several commands share: options with the ranges they accept, and how a size is written."""
+"""Options that several commands share, with the ranges they accept."""
 
 from __future__ import annotations
 
@@ -78,8 +78,3 @@ Chat = Annotated[
 ]
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message of a chat.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")]
-
-
-def size(count: float) -> str:
-    """Bytes for people: 3.21 GB, or 1.2 MB where that would be 0.00 GB."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -49,7 +49,7 @@ def load(
     model, _ = _load_folder(folder, dtype)
     if adapter_path is not None:
         _add_adapter(model, Path(adapter_path))
-    return model, load_tokenizer(folder, name=str(path_or_hub_id))
+    return model, load_tokenizer(folder, name=Path(path_or_hub_id).name)
 
 
 def load_model(

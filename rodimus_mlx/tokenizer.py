@@ -19,6 +19,7 @@ from mlx_lm.tokenizer_utils import (
     SPMStreamingDetokenizer,
     TokenizerWrapper,
 )
+from tokenizers import decoders
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
@@ -110,14 +111,13 @@ class SentencePieceTokenizer(SentencePieceBackend):
 
 def _from_json(folder: Path) -> tuple[Any, Any]:
     file = folder / "tokenizer.json"
-    content = _read_json(file)
     try:
         inner = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # tokenizers raises bare Exception
         raise RodimusError(f"{file} cannot be read as a tokenizer: {error}") from error
     for key in ("auto_map", "tokenizer_class"):  # or saving it would ask for the authors' code again
         inner.init_kwargs.pop(key, None)
-    byte_level = (content.get("decoder") or {}).get("type") == "ByteLevel"
+    byte_level = isinstance(inner.backend_tokenizer.decoder, decoders.ByteLevel)
     return inner, ByteLevelDetokenizer if byte_level else NaiveStreamingDetokenizer
 
 

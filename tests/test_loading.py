@@ -20,6 +20,7 @@ from rodimus_mlx.convert.convert import convert
 import rodimus_mlx
 from rodimus_mlx.errors import RodimusError, RodimusWarning
 from rodimus_mlx.loading import DEMO_FOLDER
+from rodimus_mlx.tokenizer import is_chat_model
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
 PROMPT = "def f(x):"
@@ -62,6 +63,12 @@ class TestLoad:
             model, tokenizer = rodimus_mlx.load(GOLDENS / "rodimus")
         assert tokenizer is None
         assert model(mx.array([[1, 2]])).shape == (1, 2, 300)
+
+    @pytest.mark.parametrize(("place", "expected"), [("chat/base", False), ("base/coder-chat", True)])
+    def test_only_the_last_name_says_chat(self, place: str, expected: bool, tmp_path: Path) -> None:
+        shutil.copytree(DEMO_FOLDER, tmp_path / place)
+        (tmp_path / place / "tokenizer_config.json").unlink()
+        assert is_chat_model(rodimus_mlx.load(tmp_path / place)[1]) is expected
 
     def test_not_a_checkpoint(self, tmp_path: Path) -> None:
         with pytest.raises(RodimusError, match=r"is not a checkpoint: it has no config\.json"):
