@@ -6,7 +6,6 @@ H query heads, h the residual stream (float32 through all layers where the confi
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -15,12 +14,8 @@ import mlx.nn as nn
 from .attention import SharedKeyAttention, decode_mask
 from .cache import attention_cache, make_cache, mixer_cache
 from .config import RodimusConfig
+from .layer_ops import PADDING, START, TOKEN, add_norm, norm, swiglu
 from .mixer import DDTSMixer
-
-
-@partial(mx.compile, shapeless=True)
-def _swiglu(value: mx.array, gate: mx.array) -> mx.array:
-    return nn.silu(gate) * value
 
 
 class FFN(nn.Module):
@@ -33,29 +28,27 @@ class FFN(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """[B, L, d] -> [B, L, d]."""
-        value, gate = mx.split(self.fc(x), 2, axis=-1)
-        return self.out_proj(_swiglu(value, gate))
-
-
-class Norm(nn.RMSNorm):
-    """RMSNorm of the float32 stream, given in the type of its weight, in which the layer behind it computes."""
-
-    def __call__(self, h: mx.array) -> mx.array:
-        """[B, L, d] -> [B, L, d]."""
-        return mx.fast.rms_norm(h, self.weight, self.eps).astype(self.weight.dtype)
+        return self.out_proj(swiglu(self.fc(x)))
 
 
 class RodimusBlock(nn.Module):
-    """h <- h + mixer(norm(h))."""
+    """h <- h + mixer(norm(h)).
+
+    Blocks hand on the stream h and, apart, what is still to be added to it, so that each sum is made in one pass with
+    the norm behind it.
+    """
 
     def __init__(self, config: RodimusConfig):
         super().__init__()
-        self.mixer_norm = Norm(config.d_model, eps=config.norm_epsilon)
+        self.mixer_norm = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
         self.mixer = DDTSMixer(config)
 
-    def __call__(self, h: mx.array, masks: Masks, cache: Any = None) -> mx.array:
-        """[B, L, d] -> [B, L, d]; moves the cache on."""
-        return h + self.mixer(self.mixer_norm(h), masks.padding, mixer_cache(cache), masks.age)
+    def __call__(
+        self, h: mx.array, delta: mx.array | None, masks: Masks, cache: Any = None
+    ) -> tuple[mx.array, mx.array]:
+        """h and delta [B, L, d] -> the same for the next block; moves the cache on."""
+        h, x = add_norm(h, delta, self.mixer_norm.weight, self.mixer_norm.eps)
+        return h, self.mixer(x, masks.marks, mixer_cache(cache))
 
 
 class RodimusPlusBlock(RodimusBlock):
@@ -66,45 +59,48 @@ class RodimusPlusBlock(RodimusBlock):
 
     def __init__(self, config: RodimusConfig):
         super().__init__(config)
-        self.attn_norm = Norm(config.d_model, eps=config.norm_epsilon)
+        self.attn_norm = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
         self.attn = SharedKeyAttention(config)
-        self.ffn_norm = Norm(config.d_model, eps=config.norm_epsilon)
+        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
         self.ffn = FFN(config)
 
-    def __call__(self, h: mx.array, masks: Masks, cache: Any = None) -> mx.array:
-        """[B, L, d] -> [B, L, d]; moves the cache on."""
-        m = super().__call__(h, masks, cache)
-        a = self.attn(self.attn_norm(m), masks.attention, attention_cache(cache), masks.documents)
-        return m + self.ffn(self.ffn_norm(m + a))
+    def __call__(
+        self, h: mx.array, delta: mx.array | None, masks: Masks, cache: Any = None
+    ) -> tuple[mx.array, mx.array]:
+        """h and delta [B, L, d] -> the same for the next block; moves the cache on."""
+        h, delta = super().__call__(h, delta, masks, cache)
+        m, x = add_norm(h, delta, self.attn_norm.weight, self.attn_norm.eps)
+        a = self.attn(x, masks.attention, attention_cache(cache), masks.documents)
+        return m, self.ffn(norm(m, self.ffn_norm.weight, self.ffn_norm.eps, delta=a))
 
 
 class Masks:
     """What the layers must know of padding and documents, worked out once for all of them.
 
-    padding: [B, L] bool for the mixers, False for padding; None: every token is real.
-    attention: the same without a cache; with one, the mask over its keys that a single token needs, or None.
+    marks: [B, L] uint8 for the mixers, as in layer_ops; None: every token is real, and one document a row.
+    attention: without a cache, [B, L] bool, False for padding; with one, the mask over its keys that a single token
+        needs; or None.
     documents: [B, L], the number of each token's document where several are packed in a row; None: one a row.
-    age: [B, L], tokens since the start of each token's document.
     """
 
     def __init__(self, length: int, mask: mx.array | None, documents: mx.array | None, cache: list[Any] | None):
         self.documents = documents
-        self.age = None if documents is None else _age(documents)
-        if cache is None:
-            self.padding = self.attention = mask
-            return
-        if mask is not None or documents is not None:
-            raise ValueError("mask and documents go without a cache: a cache knows its own padding")
-        self.padding = mixer_cache(cache[0]).make_mask(length)
-        keys = attention_cache(cache[0])
-        self.attention = decode_mask(keys) if keys is not None and length == 1 else None
+        self.attention = mask
+        if cache is not None:
+            if mask is not None or documents is not None:
+                raise ValueError("mask and documents go without a cache: a cache knows its own padding")
+            mask = mixer_cache(cache[0]).make_mask(length)
+            keys = attention_cache(cache[0])
+            self.attention = decode_mask(keys) if keys is not None and length == 1 else None
+        self.marks = _marks(mask, documents)
 
 
-def _age(documents: mx.array) -> mx.array:
-    """[B, L] document numbers -> [B, L] tokens since the start of each."""
-    position = mx.broadcast_to(mx.arange(documents.shape[1]), documents.shape)
-    starts = mx.concatenate([mx.ones_like(documents[:, :1]), documents[:, 1:] != documents[:, :-1]], axis=1)
-    return position - mx.cummax(mx.where(starts.astype(mx.bool_), position, 0), axis=1)
+def _marks(mask: mx.array | None, documents: mx.array | None) -> mx.array | None:
+    if documents is not None:
+        first = mx.pad(documents[:, 1:] != documents[:, :-1], [(0, 0), (1, 0)], constant_values=True)
+        marks = mx.where(first, START, TOKEN).astype(mx.uint8)
+        return marks if mask is None else mx.where(mask, marks, PADDING)
+    return None if mask is None else mask.astype(mx.uint8)
 
 
 class RodimusModel(nn.Module):
@@ -116,10 +112,10 @@ class RodimusModel(nn.Module):
         self.embedding_scale = config.mem_size**0.5 if config.use_scale_embedding else None
         self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
         if config.use_norm_embedding:
-            self.embed_norm = Norm(config.d_model, eps=config.norm_epsilon)
+            self.embed_norm = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
         block = RodimusPlusBlock if config.has_attention else RodimusBlock
         self.layers = [block(config) for _ in range(config.n_layer)]
-        self.norm_f = Norm(config.d_model, eps=config.norm_epsilon)
+        self.norm_f = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
 
     def __call__(
         self,
@@ -137,9 +133,10 @@ class RodimusModel(nn.Module):
         if self.residual_in_fp32:
             h = h.astype(mx.float32)
         masks = Masks(tokens.shape[1], mask, documents, cache)
+        delta = None
         for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers)):
-            h = layer(h, masks, layer_cache)
-        return self.norm_f(h)
+            h, delta = layer(h, delta, masks, layer_cache)
+        return norm(h, self.norm_f.weight, self.norm_f.eps, delta=delta)
 
 
 class Model(nn.Module):

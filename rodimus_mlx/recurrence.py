@@ -1,14 +1,23 @@
-"""The public recurrence: one function whatever computes it.
+"""The recurrence: one function whatever computes it, and the DDTS selection around it.
 
-The state is [B, n, D] float32, one head: n key features by D value features. q is scaled by 1/sqrt(n) here, so callers
-pass it unscaled; k comes with its input gate applied; log_decay is the log of the forget gate, <= 0.
+The state is [B, n, D] float32, one head: n key features by D value features. q is scaled by 1/sqrt(n) inside, so
+callers pass it unscaled; log_decay is the log of the forget gate, <= 0. marks are those of layer_ops.py.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import mlx.core as mx
 
+from .kernels import launchers
+from .kernels.backend import active_backend
 from .kernels.chunked import chunked_recurrence
+from .kernels.launch import Backend
+from .layer_ops import PADDING, START, gate_norm, norm
+
+FEW_TOKENS = 8  # up to here the state stays in one kernel's registers, token by token
+FORGET = -1e4  # a log decay after which nothing is left: exp of it is 0 in float32
 
 
 def recurrence(
@@ -45,6 +54,166 @@ def recurrence(
         k, log_decay = (mx.where(mask[..., None], x, 0.0) for x in (k, log_decay))
     o, state = chunked_recurrence(q, k, v, log_decay, state)
     return o.astype(v.dtype), state
+
+
+def selective_recurrence(
+    qkgt: mx.array,
+    gate_bias: mx.array,
+    v: mx.array,
+    norm_floor: float,
+    state: mx.array | None = None,
+    marks: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """`recurrence` from the projections before their gates (paper, section 3.2): the function that has kernels.
+
+    g = softplus(.), t = sigmoid(.);  log_decay = -g t;  k <- k / max(|k|, norm_floor) * g**t
+
+    Shapes:
+        qkgt: [B, T, 4n], the projections q | k | g | t of the convolved input
+        gate_bias: [2n], of g | t, added in float32
+        v: [B, T, D], computed in float32
+        state: [B, n, D] float32; None: zeros
+        marks: [B, T] uint8; padding leaves the state, a document's start forgets it
+
+    Returns:
+        o [B, T, D] and the state after the last token [B, n, D], both in float32.
+    """
+    if state is None:
+        state = mx.zeros((v.shape[0], gate_bias.shape[0] // 2, v.shape[2]), mx.float32)
+    backend = active_backend()
+    if backend is None:
+        return _plain(qkgt, gate_bias, v, state, norm_floor=norm_floor, marks=marks)
+    o, state = _with_kernels(norm_floor, marks, backend)(qkgt, gate_bias, v.astype(mx.float32), state)
+    return o, state
+
+
+def mix(
+    qkgt: mx.array,
+    gate_bias: mx.array,
+    v: mx.array,
+    c: mx.array,
+    xz: mx.array,
+    residual_weight: mx.array,
+    norm_weight: mx.array,
+    *,
+    norm_floor: float,
+    norm_epsilon: float,
+    state: mx.array | None,
+    marks: mx.array | None,
+    differentiable: bool,
+) -> tuple[mx.array, mx.array]:
+    """The mixer from its projections to the input of out_proj: selection, recurrence, residual, output gate, norm.
+
+    A few tokens, as in decoding, stay in one kernel with their state; that kernel has no gradient, so `differentiable`
+    avoids it.
+
+    Shapes: qkgt, gate_bias, v, state and marks as in `selective_recurrence`; the others as in `gate_norm`.
+
+    Returns: [B, T, D] in the type of c, and the state after the last token [B, n, D] in float32.
+    """
+    backend = active_backend()
+    if backend is not None and not differentiable and qkgt.shape[1] <= FEW_TOKENS:
+        if state is None:
+            state = mx.zeros((v.shape[0], gate_bias.shape[0] // 2, v.shape[2]), mx.float32)
+        y, state = launchers.step(qkgt, gate_bias, norm_floor, v, c, xz, residual_weight, state, marks, backend)
+        return norm(y, norm_weight, norm_epsilon), state
+    o, state = selective_recurrence(qkgt, gate_bias, v, norm_floor, state, marks)
+    return gate_norm(o, c, xz, residual_weight, norm_weight, norm_epsilon), state
+
+
+def gates(qkgt: mx.array, bias: mx.array, norm_floor: float) -> tuple[mx.array, mx.array, mx.array]:
+    """The gates of `selective_recurrence` in plain MLX: qkgt [B, T, 4n] -> q, k and log_decay, [B, T, n] float32."""
+    q, k, gate, temperature = mx.split(qkgt.astype(mx.float32), 4, axis=-1)
+    gate_bias, temperature_bias = mx.split(bias.astype(mx.float32), 2)
+    key, log_decay = _select(k, gate + gate_bias, temperature + temperature_bias, mx.array(norm_floor))
+    return q, key, log_decay
+
+
+@partial(mx.compile, shapeless=True)
+def _select(k: mx.array, gate: mx.array, temperature: mx.array, floor: mx.array) -> tuple[mx.array, mx.array]:
+    gate = mx.logaddexp(gate, 0.0)
+    temperature = mx.sigmoid(temperature)
+    k = k / mx.maximum(mx.sqrt((k * k).sum(axis=-1, keepdims=True)), floor)
+    return k * gate**temperature, -gate * temperature
+
+
+def _plain(
+    qkgt: mx.array,
+    gate_bias: mx.array,
+    v: mx.array,
+    state: mx.array,
+    *,
+    norm_floor: float,
+    marks: mx.array | None,
+) -> tuple[mx.array, mx.array]:
+    q, k, log_decay = gates(qkgt, gate_bias, norm_floor)
+    v = v.astype(mx.float32)
+    if marks is None:
+        return recurrence(q, k, v, log_decay, state)
+    log_decay = mx.where((marks == START)[..., None], FORGET, log_decay)
+    return recurrence(q, k, v, log_decay, state, marks != PADDING)
+
+
+def _with_kernels(norm_floor: float, marks: mx.array | None, backend: Backend) -> mx.custom_function:
+    """(qkgt, gate_bias, v, state) -> (o, next state) by kernels and matrix products, with their gradient.
+
+    All in float32: rounding A, the decayed q and k, and the states between chunks to bfloat16 would each cost as much
+    accuracy as rounding o does.
+    """
+
+    def chunks(qkgt: mx.array, gate_bias: mx.array, v: mx.array, state: mx.array) -> tuple[mx.array, ...]:
+        a, q, k, total = launchers.prepare(qkgt, gate_bias, norm_floor, marks, backend)
+        v = _in_chunks(v, a.shape[2])  # [B, N, C, D]
+        before, after = launchers.scan(k.swapaxes(2, 3) @ v, total, state, backend)
+        return a, q, k, total, v, before, after
+
+    @mx.custom_function
+    def function(qkgt: mx.array, gate_bias: mx.array, v: mx.array, state: mx.array) -> tuple[mx.array, mx.array]:
+        a, q, _, _, values, before, after = chunks(qkgt, gate_bias, v, state)
+        o = mx.addmm(a @ values, q, before)
+        return _out_of_chunks(o, v.shape[1]), after
+
+    @function.vjp
+    def gradient(primals: tuple, cotangents: tuple, _: tuple) -> tuple[mx.array, ...]:
+        qkgt, gate_bias, v, state = primals
+        d_o, d_after = cotangents
+        a, q, k, total, values, before, _ = chunks(qkgt, gate_bias, v, state)
+        d_o = _in_chunks(d_o, a.shape[2])
+        d_written, d_total, d_state = launchers.scan_backward(q.swapaxes(2, 3) @ d_o, before, total, d_after, backend)
+        d_qkgt = launchers.prepare_backward(
+            qkgt,
+            gate_bias,
+            norm_floor,
+            marks,
+            d_o @ values.swapaxes(2, 3),  # of A; what lies above its diagonal is not read
+            d_o @ before.swapaxes(2, 3),  # of the decayed q
+            values @ d_written.swapaxes(2, 3),  # of the decayed k
+            d_total * total,  # of the log of total
+            backend,
+        )
+        d_v = mx.addmm(a.swapaxes(2, 3) @ d_o, k, d_written)
+        d_bias = d_qkgt[..., gate_bias.shape[0] :].sum(axis=(0, 1))
+        return (
+            d_qkgt.astype(qkgt.dtype),
+            d_bias.astype(gate_bias.dtype),
+            _out_of_chunks(d_v, v.shape[1]),
+            d_state,
+        )
+
+    return function
+
+
+def _in_chunks(x: mx.array, chunk: int) -> mx.array:
+    """[B, T, F] -> [B, N, chunk, F], zeros behind."""
+    padding = -x.shape[1] % chunk
+    if padding:
+        x = mx.pad(x, [(0, 0), (0, padding), (0, 0)])
+    return x.reshape(x.shape[0], -1, chunk, x.shape[2])
+
+
+def _out_of_chunks(x: mx.array, length: int) -> mx.array:
+    """[B, N, chunk, F] -> [B, T, F]."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])[:, :length]
 
 
 def _check_shapes(

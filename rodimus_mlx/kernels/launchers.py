@@ -1,0 +1,308 @@
+"""Our kernels as functions of arrays: shapes, templates and grids of each. The texts say what each computes.
+
+All arrays are row contiguous or copied first; T, D, n as in the model; the values' type is that of the last input
+named in each docstring. None of these has a gradient of its own: see rodimus_mlx/layer_ops.py and recurrence.py.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import mlx.core as mx
+
+from .launch import Backend, Kernel
+
+CONV_BLOCK = 16  # tokens a thread convolves, where there are that many
+
+_SHARED = ["gates.metal"]
+_conv_gate = Kernel(
+    "rodimus_conv_gate",
+    inputs=["xz", "u", "tail", "weight", "bias", "marks"],
+    outputs=["c", "v", "next_tail"],
+    body="conv_gate.metal",
+    helpers=_SHARED,
+)
+_step = Kernel(
+    "rodimus_step",
+    inputs=["qkgt", "gate_bias", "norm_floor", "v", "c", "xz", "residual_weight", "state", "marks"],
+    outputs=["y", "next_state"],
+    body="step.metal",
+    helpers=_SHARED,
+)
+_prepare = Kernel(
+    "rodimus_prepare",
+    inputs=["qkgt", "gate_bias", "norm_floor", "marks"],
+    outputs=["A", "q_decayed", "k_decayed", "total"],
+    body="prepare.metal",
+    helpers=_SHARED,
+)
+_prepare_backward = Kernel(
+    "rodimus_prepare_backward",
+    inputs=["qkgt", "gate_bias", "norm_floor", "marks", "d_A", "d_q_decayed", "d_k_decayed", "d_total"],
+    outputs=["d_qkgt"],
+    body="prepare_backward.metal",
+    helpers=_SHARED,
+)
+_scan = Kernel("rodimus_scan", inputs=["written", "total", "state"], outputs=["before", "after"], body="scan.metal")
+_scan_backward = Kernel(
+    "rodimus_scan_backward",
+    inputs=["d_before", "before", "total", "d_after"],
+    outputs=["d_written", "d_total", "d_state"],
+    body="scan_backward.metal",
+)
+_add_norm = Kernel(
+    "rodimus_add_norm", inputs=["h", "delta", "weight", "eps"], outputs=["total", "normed"], body="add_norm.metal"
+)
+_gate_norm = Kernel(
+    "rodimus_gate_norm",
+    inputs=["o", "c", "xz", "residual_weight", "weight", "eps"],
+    outputs=["out"],
+    body="gate_norm.metal",
+    helpers=_SHARED,
+)
+_swiglu = Kernel("rodimus_swiglu", inputs=["x"], outputs=["out"], body="swiglu.metal", helpers=_SHARED)
+
+
+@lru_cache(maxsize=32)
+def scalar(value: float) -> mx.array:
+    """A constant as an array of shape (1,), made once."""
+    return mx.array([value], dtype=mx.float32)
+
+
+@lru_cache(maxsize=1)
+def no_marks() -> mx.array:
+    """Stands in for marks where every token is real."""
+    return mx.ones((1,), dtype=mx.uint8)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _row_threads(width: int) -> int:
+    """Threads for a row: about eight values each, whole simdgroups."""
+    return min(1024, max(32, _ceil(width, 256) * 32))
+
+
+def conv_gate(
+    xz: mx.array,
+    u: mx.array,
+    tail: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    marks: mx.array | None,
+    backend: Backend,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """xz [B, T, 2D], u [B, T, D], tail [B, K-1, D], weight [D, K], bias [D] -> c, v (float32) [B, T, D], next tail."""
+    batch, length, inner = u.shape
+    taps = weight.shape[1]
+    block = 1 if length < CONV_BLOCK else CONV_BLOCK
+    threads = 256 if length >= CONV_BLOCK else 64
+    c, v, next_tail = _conv_gate(
+        [xz, u, tail, weight, bias, no_marks() if marks is None else marks],
+        groups=(_ceil(inner, threads), _ceil(length, block), batch),
+        threads=threads,
+        output_shapes=[u.shape, u.shape, tail.shape],
+        output_dtypes=[xz.dtype, mx.float32, xz.dtype],
+        template={"T": xz.dtype, "D": inner, "K": taps, "BLOCK": block, "MARKS": marks is not None},
+        backend=backend,
+    )
+    return c, v, next_tail
+
+
+def step(
+    qkgt: mx.array,
+    gate_bias: mx.array,
+    norm_floor: float,
+    v: mx.array,
+    c: mx.array,
+    xz: mx.array,
+    residual_weight: mx.array,
+    state: mx.array,
+    marks: mx.array | None,
+    backend: Backend,
+) -> tuple[mx.array, mx.array]:
+    """Few tokens from projections to the gated output: y [B, T, D] float32 and the next state [B, n, D]."""
+    batch, _, inner = v.shape
+    n = state.shape[1]
+    y, next_state = _step(
+        [
+            qkgt,
+            gate_bias,
+            scalar(norm_floor),
+            v,
+            c,
+            xz,
+            residual_weight,
+            state,
+            no_marks() if marks is None else marks,
+        ],
+        groups=(_ceil(inner, 32), 1, batch),
+        threads=256,
+        output_shapes=[v.shape, state.shape],
+        output_dtypes=[mx.float32, mx.float32],
+        template={"N": n, "D": inner, "MARKS": marks is not None},
+        backend=backend,
+    )
+    return y, next_state
+
+
+def chunk_size(n: int) -> int:
+    """Tokens in a chunk: as many as keep the backward kernel within 32 KB of threadgroup memory."""
+    return 64 if n <= 64 else 32
+
+
+def prepare(
+    qkgt: mx.array,
+    gate_bias: mx.array,
+    norm_floor: float,
+    marks: mx.array | None,
+    backend: Backend,
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """qkgt [B, T, 4n] -> A [B, N, C, C], decayed q and k [B, N, C, n], total [B, N, n], all float32."""
+    batch, length, width = qkgt.shape
+    n = width // 4
+    chunk = chunk_size(n)
+    chunks = _ceil(length, chunk)
+    a, q, k, total = _prepare(
+        [qkgt, gate_bias, scalar(norm_floor), no_marks() if marks is None else marks],
+        groups=(chunks, batch, 1),
+        threads=4 * chunk,
+        output_shapes=[
+            (batch, chunks, chunk, chunk),
+            (batch, chunks, chunk, n),
+            (batch, chunks, chunk, n),
+            (batch, chunks, n),
+        ],
+        output_dtypes=[mx.float32] * 4,
+        template={"C": chunk, "N": n, "MARKS": marks is not None},
+        backend=backend,
+    )
+    return a, q, k, total
+
+
+def prepare_backward(
+    qkgt: mx.array,
+    gate_bias: mx.array,
+    norm_floor: float,
+    marks: mx.array | None,
+    d_a: mx.array,
+    d_q: mx.array,
+    d_k: mx.array,
+    d_log_total: mx.array,
+    backend: Backend,
+) -> mx.array:
+    """Gradients of `prepare`'s outputs -> that of qkgt, [B, T, 4n] float32."""
+    batch, length, width = qkgt.shape
+    n = width // 4
+    chunk = chunk_size(n)
+    (d_qkgt,) = _prepare_backward(
+        [
+            qkgt,
+            gate_bias,
+            scalar(norm_floor),
+            no_marks() if marks is None else marks,
+            d_a,
+            d_q,
+            d_k,
+            d_log_total,
+        ],
+        groups=(_ceil(length, chunk), batch, 1),
+        threads=4 * chunk,
+        output_shapes=[qkgt.shape],
+        output_dtypes=[mx.float32],
+        template={"C": chunk, "N": n, "MARKS": marks is not None},
+        backend=backend,
+    )
+    return d_qkgt
+
+
+def scan(written: mx.array, total: mx.array, state: mx.array, backend: Backend) -> tuple[mx.array, mx.array]:
+    """written [B, N, n, D], total [B, N, n], state [B, n, D] -> the states before each chunk, and after the last."""
+    batch, _, n, inner = written.shape
+    before, after = _scan(
+        [written, total, state],
+        groups=(_ceil(inner, 128), n, batch),
+        threads=128,
+        output_shapes=[written.shape, state.shape],
+        output_dtypes=[mx.float32] * 2,
+        template={"N": n, "D": inner},
+        backend=backend,
+    )
+    return before, after
+
+
+def scan_backward(
+    d_before: mx.array, before: mx.array, total: mx.array, d_after: mx.array, backend: Backend
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Gradients of `scan`'s outputs -> those of written, total and state."""
+    batch, chunks, n, inner = before.shape
+    parts = _ceil(inner, 32)
+    d_written, d_total, d_state = _scan_backward(
+        [d_before, before, total, d_after],
+        groups=(_ceil(inner, 128), n, batch),
+        threads=128,
+        output_shapes=[before.shape, (batch, chunks, n, parts), d_after.shape],
+        output_dtypes=[mx.float32] * 3,
+        template={"N": n, "D": inner, "PARTS": parts},
+        backend=backend,
+    )
+    return d_written, d_total.sum(axis=-1), d_state
+
+
+def add_norm(
+    h: mx.array, delta: mx.array | None, weight: mx.array, eps: float, keep: bool, backend: Backend
+) -> tuple[mx.array, mx.array]:
+    """h [..., d] (+ delta) -> the sum, where kept, and its RMSNorm in the type of the weight."""
+    width = h.shape[-1]
+    threads = _row_threads(width)
+    add = delta is not None
+    total, normed = _add_norm(
+        [h, weight if delta is None else delta, weight, scalar(eps)],
+        groups=(h.size // width, 1, 1),
+        threads=threads,
+        output_shapes=[h.shape if keep else (1,), h.shape],
+        output_dtypes=[h.dtype, weight.dtype],
+        template={"H": h.dtype, "T": weight.dtype, "D": width, "WIDTH": threads, "ADD": add, "KEEP": keep},
+        backend=backend,
+    )
+    return total, normed
+
+
+def gate_norm(
+    o: mx.array,
+    c: mx.array,
+    xz: mx.array,
+    residual_weight: mx.array,
+    weight: mx.array,
+    eps: float,
+    backend: Backend,
+) -> mx.array:
+    """o, c [B, T, D], xz [B, T, 2D] -> rmsnorm((o + residual_weight * c) * silu(z)) [B, T, D] in c's type."""
+    width = c.shape[-1]
+    threads = _row_threads(width)
+    (out,) = _gate_norm(
+        [o, c, xz, residual_weight, weight, scalar(eps)],
+        groups=(c.size // width, 1, 1),
+        threads=threads,
+        output_shapes=[c.shape],
+        output_dtypes=[c.dtype],
+        template={"T": c.dtype, "D": width, "WIDTH": threads},
+        backend=backend,
+    )
+    return out
+
+
+def swiglu(x: mx.array, backend: Backend) -> mx.array:
+    """value | gate [..., 2f] -> silu(gate) * value [..., f]."""
+    width = x.shape[-1] // 2
+    (out,) = _swiglu(
+        [x],
+        groups=(_ceil(width, 256), x.size // (2 * width), 1),
+        threads=256,
+        output_shapes=[(*x.shape[:-1], width)],
+        output_dtypes=[x.dtype],
+        template={"T": x.dtype, "F": width},
+        backend=backend,
+    )
+    return out

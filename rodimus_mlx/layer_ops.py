@@ -1,0 +1,176 @@
+"""The layers' work between their matrix products: one launch each on a GPU, plain MLX elsewhere.
+
+Each function computes in float32 and has a gradient: where a kernel ran forward, the plain form is differentiated,
+recomputed from the inputs, so nothing but the inputs is kept for it.
+
+marks, where given, are [B, T] uint8: PADDING, TOKEN or START, the first token of a document packed behind another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .kernels import launchers
+from .kernels.backend import active_backend
+
+PADDING, TOKEN, START = 0, 1, 2
+
+
+def add_norm(h: mx.array, delta: mx.array | None, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+    """h + delta, and its RMSNorm in the type of the weight, in which the layer behind it computes.
+
+    Shapes: h [..., d], usually the float32 stream; delta [..., d] or None for nothing to add; weight [d].
+    """
+    if delta is None:
+        return h, norm(h, weight, eps)
+    backend = active_backend()
+    plain = partial(_add_norm, eps=eps)
+    if backend is None:
+        return plain(h, delta, weight)
+    kernel = partial(launchers.add_norm, eps=eps, keep=True, backend=backend)
+    return differentiable(lambda h, delta, weight: kernel(h, delta, weight), plain)(h, delta, weight)
+
+
+def norm(h: mx.array, weight: mx.array, eps: float, delta: mx.array | None = None) -> mx.array:
+    """RMSNorm of h (+ delta, which is not kept) [..., d] in the type of the weight."""
+    backend = active_backend()
+    inputs = (h, weight) if delta is None else (h, weight, delta)
+    plain = partial(_norm, eps=eps)
+    if backend is None:
+        return plain(*inputs)
+
+    def kernel(h: mx.array, weight: mx.array, delta: mx.array | None = None) -> mx.array:
+        return launchers.add_norm(h, delta, weight, eps, keep=False, backend=backend)[1]
+
+    return differentiable(kernel, plain)(*inputs)
+
+
+def conv_gate(
+    xz: mx.array,
+    u: mx.array,
+    tail: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    marks: mx.array | None,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """c = silu(conv(x) + bias), v = sigmoid(u) * x, and the inputs that the next tokens' convolution needs.
+
+    The convolution is causal, one filter a feature; no tap reaches beyond the start of a document, and padding is 0.
+
+    Shapes: xz [B, T, 2D], of which x is the first half; u [B, T, D]; tail [B, K - 1, D], the inputs before x;
+    weight [D, K], whose last tap meets the current token; bias [D].
+
+    Returns: c [B, T, D] in the type of x, v [B, T, D] in float32, and the next tail [B, K - 1, D].
+    """
+    backend = active_backend()
+    plain = partial(_conv_gate, marks=marks)
+    if backend is None:
+        return plain(xz, u, tail, weight, bias)
+    kernel = partial(launchers.conv_gate, marks=marks, backend=backend)
+    return differentiable(kernel, plain)(xz, u, tail, weight, bias)
+
+
+def gate_norm(
+    o: mx.array, c: mx.array, xz: mx.array, residual_weight: mx.array, weight: mx.array, eps: float
+) -> mx.array:
+    """rmsnorm((o + residual_weight * c) * silu(z)) in the type of c: the gate first, then the norm.
+
+    Shapes: o and c [B, T, D]; xz [B, T, 2D], of which z is the second half; residual_weight and weight [D].
+    """
+    backend = active_backend()
+    plain = partial(_gate_norm, eps=eps)
+    if backend is None:
+        return plain(o, c, xz, residual_weight, weight)
+    kernel = partial(launchers.gate_norm, eps=eps, backend=backend)
+    return differentiable(kernel, plain)(o, c, xz, residual_weight, weight)
+
+
+def swiglu(x: mx.array) -> mx.array:
+    """silu(gate) * value of x = value | gate, [..., 2f] -> [..., f]."""
+    backend = active_backend()
+    if backend is None:
+        return _swiglu(x)
+    return differentiable(partial(launchers.swiglu, backend=backend), _swiglu)(x)
+
+
+def differentiable(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel` with the gradient of `plain`, the same function of the same arrays."""
+    function = mx.custom_function(kernel)
+
+    def vjp(primals: Any, cotangents: Any, _: Any) -> tuple[mx.array, ...]:
+        primals = primals if isinstance(primals, (list, tuple)) else (primals,)
+        cotangents = cotangents if isinstance(cotangents, (list, tuple)) else (cotangents,)
+        return tuple(mx.vjp(plain, list(primals), list(cotangents))[1])
+
+    function.vjp(vjp)
+    return function
+
+
+def _add_norm(h: mx.array, delta: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+    total = h + delta
+    return total, _norm(total, weight, eps=eps)
+
+
+def _norm(h: mx.array, weight: mx.array, delta: mx.array | None = None, *, eps: float) -> mx.array:
+    h = h if delta is None else h + delta
+    return mx.fast.rms_norm(h, weight, eps).astype(weight.dtype)
+
+
+def _conv_gate(
+    xz: mx.array, u: mx.array, tail: mx.array, weight: mx.array, bias: mx.array, marks: mx.array | None
+) -> tuple[mx.array, mx.array, mx.array]:
+    x = mx.split(xz, 2, axis=-1)[0]
+    if marks is not None:
+        x = mx.where((marks != PADDING)[..., None], x, 0)
+    length, taps = x.shape[1], weight.shape[1]
+    inputs = mx.concatenate([tail, x], axis=1)
+    shifted = [inputs[:, i : i + length] for i in range(taps)]
+    if marks is not None:
+        reach = mx.ones(marks.shape, dtype=mx.bool_)  # may a tap that is `back` tokens away still be used
+        starts = mx.pad(marks == START, [(0, 0), (taps - 1, 0)])
+        for back in range(1, taps):
+            reach = reach & ~starts[:, taps - back : taps - back + length]
+            shifted[taps - 1 - back] = mx.where(reach[..., None], shifted[taps - 1 - back], 0)
+    c = _weighted_sum(shifted, [weight[:, i] for i in range(taps)], bias)
+    return c, _gated(u, x), inputs[:, length:]
+
+
+@partial(mx.compile, shapeless=True)
+def _weighted_sum(shifted: list[mx.array], weights: list[mx.array], bias: mx.array) -> mx.array:
+    total = bias.astype(mx.float32)
+    for x, weight in zip(shifted, weights):
+        total = total + weight.astype(mx.float32) * x.astype(mx.float32)
+    return nn.silu(total).astype(shifted[0].dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def _gated(u: mx.array, x: mx.array) -> mx.array:
+    return mx.sigmoid(u.astype(mx.float32)) * x.astype(mx.float32)
+
+
+def _gate_norm(
+    o: mx.array, c: mx.array, xz: mx.array, residual_weight: mx.array, weight: mx.array, eps: float
+) -> mx.array:
+    y = _gate_output(o, c, residual_weight, mx.split(xz, 2, axis=-1)[1])
+    return mx.fast.rms_norm(y, weight, eps).astype(c.dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def _gate_output(o: mx.array, c: mx.array, weight: mx.array, z: mx.array) -> mx.array:
+    out = o.astype(mx.float32) + weight.astype(mx.float32) * c.astype(mx.float32)
+    return out * nn.silu(z.astype(mx.float32))
+
+
+def _swiglu(x: mx.array) -> mx.array:
+    value, gate = mx.split(x, 2, axis=-1)
+    return _silu_times(gate, value)
+
+
+@partial(mx.compile, shapeless=True)
+def _silu_times(gate: mx.array, value: mx.array) -> mx.array:
+    return (nn.silu(gate.astype(mx.float32)) * value.astype(mx.float32)).astype(value.dtype)
