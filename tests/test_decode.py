@@ -4,14 +4,11 @@ import copy
 import itertools
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from helpers import VARIANTS, golden_model, largest_difference, random_model, random_tokens, run_in_steps, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
-
-from rodimus_mlx.mixer import CausalConv
 
 # Logits of size 1 to 5, float32: sums in another order, no more.
 DIFFERENCE = 1e-4
@@ -115,21 +112,3 @@ def test_cache_has_one_head_and_the_window():
         conv, state = layer[0][0], layer[0][1]
         assert (conv.shape, state.shape, state.dtype) == ((1, 3, 256), (1, 32, 256), mx.float32)
         assert (layer[1].keys.shape, layer[1].values.shape) == ((1, 1, 9, 32), (1, 1, 9, 128))
-
-
-@pytest.mark.parametrize("taps", [1, 2, 4])
-def test_convolution(taps):
-    """Against numpy's convolution of each feature, in one piece and after a tail."""
-    rng = np.random.default_rng(0)
-    x, weight, bias = rng.standard_normal((2, 11, 5)), rng.standard_normal((5, taps)), rng.standard_normal(5)
-    conv = CausalConv(5, taps)
-    conv.weight, conv.bias = mx.array(weight, mx.float32), mx.array(bias, mx.float32)
-    expected = np.stack(
-        [[np.convolve(row[:, f], weight[f, ::-1])[:11] + bias[f] for f in range(5)] for row in x]
-    ).swapaxes(1, 2)
-    expected = expected / (1 + np.exp(-expected))
-    x = mx.array(x, mx.float32)
-    tail = mx.zeros((2, taps - 1, 5))
-    assert largest_difference(conv(x, tail), expected) <= 1e-6
-    later = conv(x[:, 6:], x[:, 6 - (taps - 1) : 6])
-    assert largest_difference(later, expected[:, 6:]) <= 1e-6
