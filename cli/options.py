@@ -24,6 +24,12 @@ def _between(low: float, high: float = math.inf, *, above: bool = False) -> Call
     return check
 
 
+def _no_empty_text(texts: list[str] | None) -> list[str] | None:
+    if texts and "" in texts:
+        raise typer.BadParameter("must not be empty")
+    return texts
+
+
 Model = Annotated[
     str | None,
     typer.Option("--model", "-m", metavar="MODEL", help="Folder or Hugging Face id; the default is a tiny demo."),
@@ -68,7 +74,9 @@ Seed = Annotated[
 ]
 Stop = Annotated[
     list[str] | None,
-    typer.Option("--stop", metavar="TEXT", help="Stop before TEXT; may be given more than once."),
+    typer.Option(
+        "--stop", metavar="TEXT", callback=_no_empty_text, help="Stop before TEXT; may be given more than once."
+    ),
 ]
 Chat = Annotated[
     bool | None,

@@ -184,6 +184,7 @@ class TestErrors:
             ("--min-p", "2", "must be 0 or more, and at most 1, not 2"),
             ("--repetition-penalty", "0", "must be above 0, not 0"),
             ("--max-tokens", "0", "must be 1 or more, not 0"),
+            ("--stop", "", "must not be empty"),
             ("--seed", "-1", "must be 0 or more, and at most 1.84467e+19, not -1"),
         ],
     )
