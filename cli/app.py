@@ -15,12 +15,9 @@ import typer
 
 from ..errors import RodimusError
 from ..version import __version__
-from . import convert, generate
+from . import EXIT_ERROR, EXIT_INTERRUPT, EXIT_USAGE, convert, generate
 
 COMMANDS = (generate, convert)
-
-EXIT_ERROR = 1
-EXIT_INTERRUPT = 130  # 128 + SIGINT, as shells report it
 
 app = typer.Typer(
     help="Run Rodimus and Rodimus+ language models with MLX.",
@@ -75,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
             # Typer's usage errors have no public base class; they are known by these two attributes.
             if not hasattr(error, "format_message"):
                 raise
-            return _fail(error.format_message(), getattr(error, "exit_code", 2))
+            return _fail(error.format_message(), getattr(error, "exit_code", EXIT_USAGE))
 
 
 def _fail(message: str, status: int) -> int:

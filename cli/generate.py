@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import RodimusError, RodimusWarning
-from . import options
+from . import EXIT_INTERRUPT, options
 from .progress import size
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
 
 EXAMPLE = "  rodimus-mlx generate 'def quicksort(a):' --max-tokens 100 --temp 0.2"
-EXIT_INTERRUPT = 130  # 128 + SIGINT, as shells report it
 
 
 def run(
