@@ -88,7 +88,8 @@ def _explain(error: Exception, repo: str, revision: str | None) -> str:
         )
     status: Any = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
-        return f"{page} refuses access ({status}): it does not exist, or needs `hf auth login` with a token that may read it"
+        need = "it does not exist, or needs `hf auth login` with a token that may read it"
+        return f"{page} refuses access ({status}): {need}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
             f"the disk of {constants.HF_HUB_CACHE} is full: free some space, or set HF_HOME to a larger one, "
