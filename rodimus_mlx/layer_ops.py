@@ -1,7 +1,8 @@
 """The layers' work between their matrix products: one launch each on a GPU, plain MLX elsewhere.
 
-Each function computes in float32 and has a gradient: where a kernel ran forward, the plain form is differentiated,
-recomputed from the inputs, so nothing but the inputs is kept for it.
+Each function computes in float32. Where a kernel ran forward, its gradient is that of the plain form, recomputed from
+the inputs, so nothing but the inputs is kept for it; `differentiable` False saves the host that arrangement, which
+decoding feels.
 
 marks, where given, are [B, T] uint8: PADDING, TOKEN or START, the first token of a document packed behind another.
 """
@@ -21,33 +22,42 @@ from .kernels.backend import active_backend
 PADDING, TOKEN, START = 0, 1, 2
 
 
-def add_norm(h: mx.array, delta: mx.array | None, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+def add_norm(
+    h: mx.array, delta: mx.array | None, weight: mx.array, eps: float, differentiable: bool = True
+) -> tuple[mx.array, mx.array]:
     """h + delta, and its RMSNorm in the type of the weight, in which the layer behind it computes.
 
     Shapes: h [..., d], usually the float32 stream; delta [..., d] or None for nothing to add; weight [d].
     """
     if delta is None:
-        return h, norm(h, weight, eps)
+        return h, norm(h, weight, eps, differentiable=differentiable)
     backend = active_backend()
-    plain = partial(_add_norm, eps=eps)
     if backend is None:
-        return plain(h, delta, weight)
-    kernel = partial(launchers.add_norm, eps=eps, keep=True, backend=backend)
-    return differentiable(lambda h, delta, weight: kernel(h, delta, weight), plain)(h, delta, weight)
+        return _add_norm(h, delta, weight, eps)
+    if not differentiable:
+        return launchers.add_norm(h, delta, weight, eps, True, backend)
+
+    def kernel(h: mx.array, delta: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:
+        return launchers.add_norm(h, delta, weight, eps, True, backend)
+
+    return _with_gradient_of(partial(_add_norm, eps=eps), kernel)(h, delta, weight)
 
 
-def norm(h: mx.array, weight: mx.array, eps: float, delta: mx.array | None = None) -> mx.array:
+def norm(
+    h: mx.array, weight: mx.array, eps: float, delta: mx.array | None = None, differentiable: bool = True
+) -> mx.array:
     """RMSNorm of h (+ delta, which is not kept) [..., d] in the type of the weight."""
     backend = active_backend()
-    inputs = (h, weight) if delta is None else (h, weight, delta)
-    plain = partial(_norm, eps=eps)
     if backend is None:
-        return plain(*inputs)
+        return _norm(h, weight, delta, eps=eps)
+    if not differentiable:
+        return launchers.add_norm(h, delta, weight, eps, False, backend)[1]
 
     def kernel(h: mx.array, weight: mx.array, delta: mx.array | None = None) -> mx.array:
-        return launchers.add_norm(h, delta, weight, eps, keep=False, backend=backend)[1]
+        return launchers.add_norm(h, delta, weight, eps, False, backend)[1]
 
-    return differentiable(kernel, plain)(*inputs)
+    inputs = (h, weight) if delta is None else (h, weight, delta)
+    return _with_gradient_of(partial(_norm, eps=eps), kernel)(*inputs)
 
 
 def conv_gate(
@@ -57,6 +67,7 @@ def conv_gate(
     weight: mx.array,
     bias: mx.array,
     marks: mx.array | None,
+    differentiable: bool = True,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """c = silu(conv(x) + bias), v = sigmoid(u) * x, and the inputs that the next tokens' convolution needs.
 
@@ -68,38 +79,48 @@ def conv_gate(
     Returns: c [B, T, D] in the type of x, v [B, T, D] in float32, and the next tail [B, K - 1, D].
     """
     backend = active_backend()
-    plain = partial(_conv_gate, marks=marks)
     if backend is None:
-        return plain(xz, u, tail, weight, bias)
+        return _conv_gate(xz, u, tail, weight, bias, marks)
+    if not differentiable:
+        return launchers.conv_gate(xz, u, tail, weight, bias, marks, backend)
     kernel = partial(launchers.conv_gate, marks=marks, backend=backend)
-    return differentiable(kernel, plain)(xz, u, tail, weight, bias)
+    return _with_gradient_of(partial(_conv_gate, marks=marks), kernel)(xz, u, tail, weight, bias)
 
 
 def gate_norm(
-    o: mx.array, c: mx.array, xz: mx.array, residual_weight: mx.array, weight: mx.array, eps: float
+    o: mx.array,
+    c: mx.array,
+    xz: mx.array,
+    residual_weight: mx.array,
+    weight: mx.array,
+    eps: float,
+    differentiable: bool = True,
 ) -> mx.array:
     """rmsnorm((o + residual_weight * c) * silu(z)) in the type of c: the gate first, then the norm.
 
     Shapes: o and c [B, T, D]; xz [B, T, 2D], of which z is the second half; residual_weight and weight [D].
     """
     backend = active_backend()
-    plain = partial(_gate_norm, eps=eps)
     if backend is None:
-        return plain(o, c, xz, residual_weight, weight)
+        return _gate_norm(o, c, xz, residual_weight, weight, eps)
+    if not differentiable:
+        return launchers.gate_norm(o, c, xz, residual_weight, weight, eps, backend)
     kernel = partial(launchers.gate_norm, eps=eps, backend=backend)
-    return differentiable(kernel, plain)(o, c, xz, residual_weight, weight)
+    return _with_gradient_of(partial(_gate_norm, eps=eps), kernel)(o, c, xz, residual_weight, weight)
 
 
-def swiglu(x: mx.array) -> mx.array:
+def swiglu(x: mx.array, differentiable: bool = True) -> mx.array:
     """silu(gate) * value of x = value | gate, [..., 2f] -> [..., f]."""
     backend = active_backend()
     if backend is None:
         return _swiglu(x)
-    return differentiable(partial(launchers.swiglu, backend=backend), _swiglu)(x)
+    if not differentiable:
+        return launchers.swiglu(x, backend)
+    return _with_gradient_of(_swiglu, partial(launchers.swiglu, backend=backend))(x)
 
 
-def differentiable(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel` with the gradient of `plain`, the same function of the same arrays."""
+def _with_gradient_of(plain: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, differentiated as `plain`, the same function of the same arrays."""
     function = mx.custom_function(kernel)
 
     def vjp(primals: Any, cotangents: Any, _: Any) -> tuple[mx.array, ...]:
@@ -124,7 +145,7 @@ def _norm(h: mx.array, weight: mx.array, delta: mx.array | None = None, *, eps: 
 def _conv_gate(
     xz: mx.array, u: mx.array, tail: mx.array, weight: mx.array, bias: mx.array, marks: mx.array | None
 ) -> tuple[mx.array, mx.array, mx.array]:
-    x = mx.split(xz, 2, axis=-1)[0]
+    x = xz[..., : u.shape[-1]]  # slices: mx.split under mx.compile breaks LoRA's gradient
     if marks is not None:
         x = mx.where((marks != PADDING)[..., None], x, 0)
     length, taps = x.shape[1], weight.shape[1]
@@ -156,7 +177,7 @@ def _gated(u: mx.array, x: mx.array) -> mx.array:
 def _gate_norm(
     o: mx.array, c: mx.array, xz: mx.array, residual_weight: mx.array, weight: mx.array, eps: float
 ) -> mx.array:
-    y = _gate_output(o, c, residual_weight, mx.split(xz, 2, axis=-1)[1])
+    y = _gate_output(o, c, residual_weight, xz[..., c.shape[-1] :])
     return mx.fast.rms_norm(y, weight, eps).astype(c.dtype)
 
 
@@ -167,8 +188,8 @@ def _gate_output(o: mx.array, c: mx.array, weight: mx.array, z: mx.array) -> mx.
 
 
 def _swiglu(x: mx.array) -> mx.array:
-    value, gate = mx.split(x, 2, axis=-1)
-    return _silu_times(gate, value)
+    width = x.shape[-1] // 2
+    return _silu_times(x[..., width:], x[..., :width])
 
 
 @partial(mx.compile, shapeless=True)

@@ -50,7 +50,7 @@ class DDTSMixer(nn.Module):
         if tail is None:
             tail = mx.zeros((x.shape[0], self.conv.weight.shape[1] - 1, x.shape[2]), x.dtype)
         u = self.ch_gate_1(self.ch_gate_0(x))
-        c, v, next_tail = conv_gate(xz, u, tail, self.conv.weight, self.conv.bias, marks)
+        c, v, next_tail = conv_gate(xz, u, tail, self.conv.weight, self.conv.bias, marks, self.training)
         y, state = mix(
             self.qkgt_proj(c),
             self.gate_bias,

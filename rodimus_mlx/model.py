@@ -28,7 +28,7 @@ class FFN(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """[B, L, d] -> [B, L, d]."""
-        return self.out_proj(swiglu(self.fc(x)))
+        return self.out_proj(swiglu(self.fc(x), self.training))
 
 
 class RodimusBlock(nn.Module):
@@ -47,7 +47,7 @@ class RodimusBlock(nn.Module):
         self, h: mx.array, delta: mx.array | None, masks: Masks, cache: Any = None
     ) -> tuple[mx.array, mx.array]:
         """h and delta [B, L, d] -> the same for the next block; moves the cache on."""
-        h, x = add_norm(h, delta, self.mixer_norm.weight, self.mixer_norm.eps)
+        h, x = add_norm(h, delta, self.mixer_norm.weight, self.mixer_norm.eps, self.training)
         return h, self.mixer(x, masks.marks, mixer_cache(cache))
 
 
@@ -69,9 +69,9 @@ class RodimusPlusBlock(RodimusBlock):
     ) -> tuple[mx.array, mx.array]:
         """h and delta [B, L, d] -> the same for the next block; moves the cache on."""
         h, delta = super().__call__(h, delta, masks, cache)
-        m, x = add_norm(h, delta, self.attn_norm.weight, self.attn_norm.eps)
+        m, x = add_norm(h, delta, self.attn_norm.weight, self.attn_norm.eps, self.training)
         a = self.attn(x, masks.attention, attention_cache(cache), masks.documents)
-        return m, self.ffn(norm(m, self.ffn_norm.weight, self.ffn_norm.eps, delta=a))
+        return m, self.ffn(norm(m, self.ffn_norm.weight, self.ffn_norm.eps, a, self.training))
 
 
 class Masks:
@@ -136,11 +136,14 @@ class RodimusModel(nn.Module):
         delta = None
         for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers)):
             h, delta = layer(h, delta, masks, layer_cache)
-        return norm(h, self.norm_f.weight, self.norm_f.eps, delta=delta)
+        return norm(h, self.norm_f.weight, self.norm_f.eps, delta, self.training)
 
 
 class Model(nn.Module):
-    """A Rodimus or Rodimus+ language model, with the interface that mlx-lm expects of one."""
+    """A Rodimus or Rodimus+ language model, with the interface that mlx-lm expects of one.
+
+    On a GPU, gradients need `model.train()`: in evaluation, kernels run that have none.
+    """
 
     def __init__(self, config: RodimusConfig):
         super().__init__()

@@ -116,17 +116,19 @@ def mix(
         if state is None:
             state = mx.zeros((v.shape[0], gate_bias.shape[0] // 2, v.shape[2]), mx.float32)
         y, state = launchers.step(qkgt, gate_bias, norm_floor, v, c, xz, residual_weight, state, marks, backend)
-        return norm(y, norm_weight, norm_epsilon), state
+        return norm(y, norm_weight, norm_epsilon, differentiable=False), state
     o, state = selective_recurrence(qkgt, gate_bias, v, norm_floor, state, marks)
-    return gate_norm(o, c, xz, residual_weight, norm_weight, norm_epsilon), state
+    return gate_norm(o, c, xz, residual_weight, norm_weight, norm_epsilon, differentiable), state
 
 
 def gates(qkgt: mx.array, bias: mx.array, norm_floor: float) -> tuple[mx.array, mx.array, mx.array]:
     """The gates of `selective_recurrence` in plain MLX: qkgt [B, T, 4n] -> q, k and log_decay, [B, T, n] float32."""
-    q, k, gate, temperature = mx.split(qkgt.astype(mx.float32), 4, axis=-1)
-    gate_bias, temperature_bias = mx.split(bias.astype(mx.float32), 2)
-    key, log_decay = _select(k, gate + gate_bias, temperature + temperature_bias, mx.array(norm_floor))
-    return q, key, log_decay
+    n = bias.shape[0] // 2
+    qkgt, bias = qkgt.astype(mx.float32), bias.astype(mx.float32)
+    gate = qkgt[..., 2 * n : 3 * n] + bias[:n]
+    temperature = qkgt[..., 3 * n :] + bias[n:]
+    key, log_decay = _select(qkgt[..., n : 2 * n], gate, temperature, mx.array(norm_floor))
+    return qkgt[..., :n], key, log_decay
 
 
 @partial(mx.compile, shapeless=True)
