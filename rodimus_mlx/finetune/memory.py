@@ -1,0 +1,76 @@
+"""How much memory a run will take at its peak, and how much there is: an estimate, for a warning before the start."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+
+from ..config import RodimusConfig
+from .loss import tokens_in_part
+from .parameters import named
+from .settings import Settings
+
+# Bytes kept for a block's backward pass, against the count of `_block`: on the CPU, where the layers' plain forms run,
+# 2.2 was measured for both kinds of block, with and without recomputing; a GPU's kernels keep their inputs alone.
+_KEPT = {mx.gpu: 1.0, mx.cpu: 2.2}
+_OPTIMIZER_ARRAYS = {"adamw": 2, "adam": 2, "muon": 1, "sgd": 1, "adafactor": 1}  # as large as what is trained
+
+
+def predict_peak(model: Any, trainable: int, settings: Settings, dtype: mx.Dtype, longest: int) -> int:
+    """Bytes at the peak of a step.
+
+    Args:
+        trainable: numbers that are trained.
+        longest: positions of the longest row.
+    """
+    frozen = sum(p.nbytes for p in named(model.parameters()).values())
+    copies = 4 * (2 + _OPTIMIZER_ARRAYS[settings.optimizer]) + dtype.size  # weights, gradients, optimizer; rounded
+    row = min(longest, settings.segment) if settings.segment else longest
+    tokens = settings.batch_size * row
+    logits = min(tokens, tokens_in_part(model.args.vocab_size, dtype)) * model.args.vocab_size * dtype.size
+    activations = tokens * _bytes_per_token(model.args, settings, dtype)
+    return frozen + trainable * copies + activations + 3 * logits  # with their exponentials and their gradients
+
+
+def available() -> int:
+    """Bytes of memory that the default device may use."""
+    info = mx.device_info()
+    for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
+        if info.get(key):
+            return int(info[key])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def advice(model: Any, trainable: int, settings: Settings, dtype: mx.Dtype, longest: int, limit: int) -> str | None:
+    """The first change of the settings that would fit into ``limit`` bytes; None: the run fits as it is."""
+    if predict_peak(model, trainable, settings, dtype, longest) <= limit:
+        return None
+    thrifty = replace(settings, grad_checkpoint=True)
+    changes = [("--grad-checkpoint", thrifty), ("--grad-checkpoint --batch-size 1", replace(thrifty, batch_size=1))]
+    if not settings.packing:
+        short = replace(thrifty, batch_size=1, segment=1024)
+        changes.append(("--grad-checkpoint --batch-size 1 --segment 1024", short))
+    for options, changed in changes:
+        if predict_peak(model, trainable, changed, dtype, longest) <= limit:
+            return f"try {options}"
+    return "use a smaller or a quantized model"
+
+
+def _bytes_per_token(c: RodimusConfig, settings: Settings, dtype: mx.Dtype) -> int:
+    block = int(_block(c, dtype.size) * _KEPT[mx.default_device().type])
+    if settings.grad_checkpoint:  # each block keeps its input; one at a time has everything, twice in its backward
+        return c.n_layer * c.d_model * (4 + dtype.size) + 2 * block
+    return (c.n_layer + 1) * block
+
+
+def _block(c: RodimusConfig, size: int) -> int:
+    """Bytes a token: what the gradients of a block are computed from."""
+    d, inner = c.d_model, c.d_inner
+    mixer = d * (4 + size) + inner * (5 * size + 8) + 4 * c.mem_size * size  # xz, u, c, y; v and o in float32
+    if not c.has_attention:
+        return mixer
+    attention = d * (4 + 3 * size) + (2 * c.num_heads + c.num_heads_v) * c.head_dim * size
+    return mixer + attention + d * 2 * size + 3 * c.d_ffn * size
