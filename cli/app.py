@@ -15,9 +15,9 @@ import typer
 
 from ..errors import RodimusError
 from ..version import __version__
-from . import EXIT_ERROR, EXIT_INTERRUPT, EXIT_USAGE, convert, finetune, generate
+from . import EXIT_ERROR, EXIT_INTERRUPT, EXIT_USAGE, convert, finetune, fuse, generate, init
 
-COMMANDS = (generate, convert, finetune)
+COMMANDS = (generate, convert, finetune, fuse, init)
 
 app = typer.Typer(
     help="Run Rodimus and Rodimus+ language models with MLX.",

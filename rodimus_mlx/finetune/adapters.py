@@ -24,8 +24,11 @@ from .settings import METHODS, Settings
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 
 
-def apply(model: Any, folder: str | Path) -> str:
+def apply(model: Any, folder: str | Path, keep_dtype: bool = False) -> str:
     """Put an adapter on the model it was trained for.
+
+    Args:
+        keep_dtype: leave low-rank matrices in their float32; else they get the model's type, which is faster.
 
     Returns:
         the method it was trained by: "lora", "dora", "full" or "state".
@@ -49,7 +52,8 @@ def apply(model: Any, folder: str | Path) -> str:
         raise
     except Exception as error:  # whatever mlx-lm meets in a config or a file that does not fit
         raise RodimusError(f"{folder}: the adapter does not fit this model: {_one_line(error)}") from error
-    _match_type(model, method)
+    if method in ("lora", "dora") and not keep_dtype:
+        _match_dtype(model)
     model.eval()
     return method
 
@@ -119,12 +123,10 @@ def _load_states(model: Any, folder: Path, config: Mapping[str, Any]) -> None:
     model.load_weights(list(weights.items()), strict=False)
 
 
-def _match_type(model: Any, method: str) -> None:
-    """Low-rank matrices in the model's type: float32 ones would make its 16-bit products slow."""
-    if method in ("lora", "dora"):
-        dtype = model.model.norm_f.weight.dtype
-        low_rank = {n: p for n, p in named(model.parameters()).items() if n.endswith((".lora_a", ".lora_b"))}
-        model.update(nested({name: p.astype(dtype) for name, p in low_rank.items()}))
+def _match_dtype(model: Any) -> None:
+    dtype = model.model.norm_f.weight.dtype
+    low_rank = {n: p for n, p in named(model.parameters()).items() if n.endswith((".lora_a", ".lora_b"))}
+    model.update(nested({name: p.astype(dtype) for name, p in low_rank.items()}))
 
 
 def _one_line(error: Exception) -> str:

@@ -15,10 +15,7 @@ from .settings import Settings
 
 
 def prepare(model: Any, settings: Settings) -> Parameters:
-    """Change the model for the method, and freeze the rest.
-
-    Returns:
-        the trainable parameters by name, in float32: what the optimizer works on.
+    """Change the model for the method, and freeze the rest; returns its trainable parameters by name.
 
     Raises:
         RodimusError: the model has not what the settings ask for.
@@ -35,7 +32,7 @@ def prepare(model: Any, settings: Settings) -> Parameters:
             mixer.unfreeze(recurse=False, keys=[STATE, BIAS])
     else:
         _add_lora(model, settings)
-    return {name: value.astype(mx.float32) for name, value in named(model.trainable_parameters()).items()}
+    return named(model.trainable_parameters())
 
 
 def lora_parameters(settings: Settings) -> dict[str, Any]:

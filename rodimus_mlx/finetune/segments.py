@@ -26,8 +26,9 @@ class WindowCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Join [B, heads, T, head] to what is kept, and keep what the next token will see."""
-        if self.keys is not None:
-            keys, values = (mx.concatenate(pair, axis=2) for pair in ((self.keys, keys), (self.values, values)))
+        if self.keys is not None and self.values is not None:
+            keys = mx.concatenate([self.keys, keys], axis=2)
+            values = mx.concatenate([self.values, values], axis=2)
         total = keys.shape[2]
         first = 0 if self.window is None else max(0, total - self.window + 1)
         self.keys, self.values = keys[:, :, first:], values[:, :, first:]

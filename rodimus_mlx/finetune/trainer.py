@@ -33,7 +33,7 @@ from .parameters import Parameters, named, nested, read, take
 from .recompute import recompute_layers
 from .segments import empty_memory
 from .settings import Settings
-from .step import cast, gradient_function, initial_optimizer_state, loss_function, on_device, pieces, update_function
+from .step import gradient_function, initial_optimizer_state, loss_function, on_device, pieces, update_function
 
 Event = dict[str, Any]
 Observer = Callable[[Event], None]
@@ -121,11 +121,13 @@ class _Run:
         epoch = self.plan.batches_in_epoch / settings.grad_accumulation
         self.iters = settings.iters or max(1, round(settings.epochs * epoch))
         self.dtype = compute_dtype(model, settings.dtype)
-        self.parameters = prepare(model, settings)
+        own = prepare(model, settings)
+        self.stored = {name: p.dtype for name, p in own.items()}  # what the adapter is written in
+        self.parameters = {name: p.astype(mx.float32) for name, p in own.items()}
+        del own
         mx.eval(self.parameters)
         take(model, nested(self.parameters))
-        if settings.method != "full":  # then nothing of it is left that is computed with
-            model.set_dtype(self.dtype)
+        model.set_dtype(self.dtype)
         mx.eval(model.parameters())  # what compiled functions capture must be numbers, not yet to be computed
         keys = key_dropouts(model, settings.dropout)
         if settings.grad_checkpoint:
@@ -201,7 +203,7 @@ class _Run:
             clock.restart()
         if self.facts["best_step"] is not None and self.world.rank() == 0:
             self.parameters = self.best if self.out is None else read(self.out / WEIGHTS)
-        self.model.update(nested(cast(self.parameters, self.dtype)))
+        self.model.update(nested(self.adapter()))
         self.model.eval()
         best = self.facts["best_loss"], self.facts["best_step"]
         result = Result(self.step, self.facts.get("loss", math.nan), *best, stopped)
@@ -315,8 +317,8 @@ class _Run:
         return adapter_config(self.settings, self.places)
 
     def adapter(self) -> Parameters:
-        """The parameters as they are used: all weights in the model's type, low-rank matrices in float32."""
-        return cast(self.parameters, self.dtype) if self.settings.method == "full" else self.parameters
+        """What is trained, in the types that the model has it in."""
+        return {name: p.astype(self.stored[name]) for name, p in self.parameters.items()}
 
     def tell(self, kind: str, **facts: Any) -> None:
         if self.world.rank() == 0:
