@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers import golden_model, largest_difference, random_model, random_tokens, run_in_steps, tiny_config
-from mlx_lm.generate import BatchGenerator
+from mlx_lm.generate import BatchGenerator, PromptProcessingBatch
 
 LOGPROBS = 1e-4  # float32 log probabilities of size 1 to 10: sums in another order, no more
 # Tokens can be compared only where the best logit leads the second by more than noise; these prompts are chosen so.
@@ -101,6 +101,25 @@ def test_small_batches(expected):
     generator = BatchGenerator(model, prefill_step_size=16, prefill_batch_size=2, completion_batch_size=3)
     tokens, rows, _ = generate(generator, prompts, max_tokens=MAX_TOKENS)
     assert_same(tokens, rows, results)
+
+
+@pytest.mark.parametrize("prefill_step_size", [6, 16])
+def test_rows_that_end_in_an_earlier_step(expected, prefill_step_size):
+    """Ragged prompts padded on the right and cut into steps: rows that have ended go through steps of padding."""
+    model, prompts, results = expected
+    rows = [i for i, length in enumerate(LENGTHS) if 2 <= length <= 90]
+    batch = PromptProcessingBatch(
+        model, list(rows), [model.make_cache() for _ in rows], prefill_step_size=prefill_step_size
+    )
+    batch.prompt([prompts[i][:-1] for i in rows])
+    generation = batch.generate([prompts[i][-1:] for i in rows])
+    tokens = {i: [] for i in rows}
+    for _ in range(10):
+        for response in generation.next():
+            tokens[response.uid].append(response.token)
+    for i in rows:
+        count = min(10, len(results[i][0]))
+        assert tokens[i][:count] == results[i][0][:count]
 
 
 def test_end_tokens(expected):
