@@ -12,6 +12,65 @@ from .config import RodimusConfig
 QUERY_BLOCK = 512  # queries that share one block of scores
 
 
+class AttentionMasks:
+    """What attention must know of padding, documents and the window; made once a call, shared by all layers.
+
+    padding: [B, L] bool, False for padding, and documents: [B, L], tokens see only tokens of the same number; both
+    without a cache only. single: with a cache, the mask over its keys that one more token needs, or None.
+    """
+
+    def __init__(
+        self, padding: mx.array | None = None, documents: mx.array | None = None, single: mx.array | None = None
+    ):
+        self.padding = padding
+        self.documents = documents
+        self.single = single
+        self._made: dict[tuple, mx.array] = {}
+
+    def block(
+        self,
+        queries: tuple[int, int],
+        keys: tuple[int, int],
+        window: int,
+        past: int,
+        starts: mx.array | None,
+        dtype: mx.Dtype,
+    ) -> mx.array | str:
+        """The mask of a block of queries over a block of keys, to be added to the scores; or "causal", if that is all.
+
+        queries: begin and end among the call's L tokens, of which token 0 is key `past`; keys: begin and end.
+        starts: [B], the first real key of each row, in a batch.
+
+        Returns: [rows, columns] or [B, 1, rows, columns], 0 or the lowest number of `dtype`.
+        """
+        begin, end = queries
+        first, last = keys
+        plain = starts is None and self.padding is None and self.documents is None
+        if plain and past + end - window <= first:
+            return "causal"
+        # without padding or documents, only where the blocks lie to each other matters
+        place = (end - begin, last - first) if plain else (begin, end, first, last)
+        key = (*place, past + begin - first, dtype)
+        if key not in self._made:
+            allowed = self._allowed(begin, end, first, last, window, past, starts)
+            self._made[key] = mx.where(allowed, mx.array(0, dtype), mx.array(mx.finfo(dtype).min, dtype))
+        return self._made[key]
+
+    def _allowed(
+        self, begin: int, end: int, first: int, last: int, window: int, past: int, starts: mx.array | None
+    ) -> mx.array:
+        rows = mx.arange(past + begin, past + end)[:, None]
+        columns = mx.arange(first, last)
+        allowed = (columns <= rows) & (columns > rows - window)
+        if starts is not None:
+            allowed = allowed & (columns >= starts[:, None, None, None])
+        if self.padding is not None:
+            allowed = allowed & self.padding[:, None, None, first:last]
+        if self.documents is not None:
+            allowed = allowed & (self.documents[:, None, begin:end, None] == self.documents[:, None, None, first:last])
+        return allowed | (columns == rows)  # padding sees itself: a softmax over nothing would be NaN
+
+
 class SharedKeyAttention(nn.Module):
     """Attention whose heads share their keys, over a window of W // 2 + 1 tokens.
 
@@ -29,18 +88,8 @@ class SharedKeyAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.d_model, sum(self.heads) * config.head_dim, bias=False)
         self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def __call__(
-        self,
-        x: mx.array,
-        mask: mx.array | None = None,
-        cache: Any = None,
-        documents: mx.array | None = None,
-    ) -> mx.array:
-        """Attend over x [B, T, d] and what the cache holds.
-
-        mask: without a cache, [B, T] bool, False for padding; with one, what `decode_mask` gave when T is 1.
-        documents: [B, T], without a cache: tokens see only tokens of the same number.
-        """
+    def __call__(self, x: mx.array, masks: AttentionMasks | None = None, cache: Any = None) -> mx.array:
+        """Attend over x [B, T, d] and what the cache holds, and move the cache on by T tokens."""
         batch, length, _ = x.shape
         num_heads, num_k, num_v = self.heads
         qkv = self.qkv_proj(x)
@@ -60,9 +109,9 @@ class SharedKeyAttention(nn.Module):
             starts = getattr(cache, "left_padding", None)  # the first real key of each row, in a batch
         k, v = self._heads(k, num_k), self._heads(v, num_v)  # [B, H, S, head]
         if length == 1 and cache is not None:
-            o = self._attend(q, k, v, mask)
+            o = self._attend(q, k, v, None if masks is None else masks.single)
         else:
-            o = self._attend_banded(q, k, v, starts, mask if cache is None else None, documents)
+            o = self._attend_banded(q, k, v, masks or AttentionMasks(), starts)
         return self.out_proj(o.swapaxes(1, 2).reshape(batch, length, -1))
 
     def _fold(self, x: mx.array) -> mx.array:
@@ -82,42 +131,18 @@ class SharedKeyAttention(nn.Module):
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
 
     def _attend_banded(
-        self,
-        q: mx.array,
-        k: mx.array,
-        v: mx.array,
-        starts: mx.array | None,
-        real: mx.array | None,
-        documents: mx.array | None,
+        self, q: mx.array, k: mx.array, v: mx.array, masks: AttentionMasks, starts: mx.array | None
     ) -> mx.array:
-        """Causal attention of the last T of S tokens, block by block, so that no score lies far outside the window.
-
-        starts: [B], the first real key of each row; real: [B, S], False for padding; documents: [B, S].
-        """
+        """Causal attention of the last T of S tokens, block by block, so that no score lies far outside the window."""
         length, total = q.shape[2], k.shape[2]
         past = total - length
         window = total if self.window is None else self.window
         outputs = []
         for begin in range(0, length, QUERY_BLOCK):
             end = min(begin + QUERY_BLOCK, length)
-            first = max(0, past + begin - window + 1)  # the first key that the block's first query sees
-            last = past + end
-            keys, values = k[:, :, first:last], v[:, :, first:last]
-            mask: mx.array | str = "causal"
-            padded = starts is not None or real is not None
-            if padded or documents is not None or past + end - window > first:
-                rows = mx.arange(past + begin, last)[:, None]
-                columns = mx.arange(first, last)
-                mask = (columns <= rows) & (columns > rows - window)
-                if starts is not None:
-                    mask = mask & (columns >= starts[:, None, None, None])
-                if real is not None:
-                    mask = mask & real[:, None, None, first:last]
-                if documents is not None:
-                    mask = mask & (documents[:, None, begin:end, None] == documents[:, None, None, first:last])
-                if padded:
-                    mask = mask | (columns == rows)  # padding sees itself: a softmax over nothing would be NaN
-            outputs.append(self._attend(q[:, :, begin:end], keys, values, mask))
+            first, last = max(0, past + begin - window + 1), past + end  # the keys that the block's queries see
+            mask = masks.block((begin, end), (first, last), window, past, starts, q.dtype)
+            outputs.append(self._attend(q[:, :, begin:end], k[:, :, first:last], v[:, :, first:last], mask))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 

@@ -18,6 +18,7 @@ import mlx.nn as nn
 
 from .kernels import launchers
 from .kernels.backend import active_backend
+from .kernels.launch import Backend
 
 PADDING, TOKEN, START = 0, 1, 2
 
@@ -31,7 +32,7 @@ def add_norm(
     """
     if delta is None:
         return h, norm(h, weight, eps, differentiable=differentiable)
-    backend = active_backend()
+    backend = _backend(h)
     if backend is None:
         return _add_norm(h, delta, weight, eps)
     if not differentiable:
@@ -47,7 +48,7 @@ def norm(
     h: mx.array, weight: mx.array, eps: float, delta: mx.array | None = None, differentiable: bool = True
 ) -> mx.array:
     """RMSNorm of h (+ delta, which is not kept) [..., d] in the type of the weight."""
-    backend = active_backend()
+    backend = _backend(h)
     if backend is None:
         return _norm(h, weight, delta, eps=eps)
     if not differentiable:
@@ -78,7 +79,7 @@ def conv_gate(
 
     Returns: c [B, T, D] in the type of x, v [B, T, D] in float32, and the next tail [B, K - 1, D].
     """
-    backend = active_backend()
+    backend = _backend(u)
     if backend is None:
         return _conv_gate(xz, u, tail, weight, bias, marks)
     if not differentiable:
@@ -100,7 +101,7 @@ def gate_norm(
 
     Shapes: o and c [B, T, D]; xz [B, T, 2D], of which z is the second half; residual_weight and weight [D].
     """
-    backend = active_backend()
+    backend = _backend(c)
     if backend is None:
         return _gate_norm(o, c, xz, residual_weight, weight, eps)
     if not differentiable:
@@ -111,12 +112,17 @@ def gate_norm(
 
 def swiglu(x: mx.array, differentiable: bool = True) -> mx.array:
     """silu(gate) * value of x = value | gate, [..., 2f] -> [..., f]."""
-    backend = active_backend()
+    backend = _backend(x)
     if backend is None:
         return _swiglu(x)
     if not differentiable:
         return launchers.swiglu(x, backend)
     return _with_gradient_of(_swiglu, partial(launchers.swiglu, backend=backend))(x)
+
+
+def _backend(x: mx.array) -> Backend | None:
+    """The kernels' backend, where they can take rows as wide as x's: they read four values at a time."""
+    return active_backend() if x.shape[-1] % 8 == 0 else None
 
 
 def _with_gradient_of(plain: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:

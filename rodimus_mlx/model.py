@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .attention import SharedKeyAttention, decode_mask
+from .attention import AttentionMasks, SharedKeyAttention, decode_mask
 from .cache import attention_cache, make_cache, mixer_cache
 from .config import RodimusConfig
 from .layer_ops import PADDING, START, TOKEN, add_norm, norm, swiglu
@@ -70,7 +70,7 @@ class RodimusPlusBlock(RodimusBlock):
         """h and delta [B, L, d] -> the same for the next block; moves the cache on."""
         h, delta = super().__call__(h, delta, masks, cache)
         m, x = add_norm(h, delta, self.attn_norm.weight, self.attn_norm.eps, self.training)
-        a = self.attn(x, masks.attention, attention_cache(cache), masks.documents)
+        a = self.attn(x, masks.attention, attention_cache(cache))
         return m, self.ffn(norm(m, self.ffn_norm.weight, self.ffn_norm.eps, a, self.training))
 
 
@@ -78,21 +78,18 @@ class Masks:
     """What the layers must know of padding and documents, worked out once for all of them.
 
     marks: [B, L] uint8 for the mixers, as in layer_ops; None: every token is real, and one document a row.
-    attention: without a cache, [B, L] bool, False for padding; with one, the mask over its keys that a single token
-        needs; or None.
-    documents: [B, L], the number of each token's document where several are packed in a row; None: one a row.
     """
 
     def __init__(self, length: int, mask: mx.array | None, documents: mx.array | None, cache: list[Any] | None):
-        self.documents = documents
-        self.attention = mask
-        if cache is not None:
-            if mask is not None or documents is not None:
-                raise ValueError("mask and documents go without a cache: a cache knows its own padding")
-            mask = mixer_cache(cache[0]).make_mask(length)
-            keys = attention_cache(cache[0])
-            self.attention = decode_mask(keys) if keys is not None and length == 1 else None
-        self.marks = _marks(mask, documents)
+        if cache is None:
+            self.marks = _marks(mask, documents)
+            self.attention = AttentionMasks(mask, documents)
+            return
+        if mask is not None or documents is not None:
+            raise ValueError("mask and documents go without a cache: a cache knows its own padding")
+        keys = attention_cache(cache[0])
+        self.marks = _marks(mixer_cache(cache[0]).make_mask(length), None)
+        self.attention = AttentionMasks(single=decode_mask(keys) if keys is not None and length == 1 else None)
 
 
 def _marks(mask: mx.array | None, documents: mx.array | None) -> mx.array | None:

@@ -6,7 +6,9 @@ callers pass it unscaled; log_decay is the log of the forget gate, <= 0. marks a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
@@ -83,8 +85,7 @@ def selective_recurrence(
     backend = active_backend()
     if backend is None:
         return _plain(qkgt, gate_bias, v, state, norm_floor=norm_floor, marks=marks)
-    o, state = _with_kernels(norm_floor, marks, backend)(qkgt, gate_bias, v.astype(mx.float32), state)
-    return o, state
+    return _with_kernels(norm_floor, marks, backend)(qkgt, gate_bias, v.astype(mx.float32), state)
 
 
 def mix(
@@ -156,7 +157,7 @@ def _plain(
     return recurrence(q, k, v, log_decay, state, marks != PADDING)
 
 
-def _with_kernels(norm_floor: float, marks: mx.array | None, backend: Backend) -> mx.custom_function:
+def _with_kernels(norm_floor: float, marks: mx.array | None, backend: Backend) -> Callable[..., Any]:
     """(qkgt, gate_bias, v, state) -> (o, next state) by kernels and matrix products, with their gradient.
 
     All in float32: rounding A, the decayed q and k, and the states between chunks to bfloat16 would each cost as much
@@ -165,9 +166,9 @@ def _with_kernels(norm_floor: float, marks: mx.array | None, backend: Backend) -
 
     def chunks(qkgt: mx.array, gate_bias: mx.array, v: mx.array, state: mx.array) -> tuple[mx.array, ...]:
         a, q, k, total = launchers.prepare(qkgt, gate_bias, norm_floor, marks, backend)
-        v = _in_chunks(v, a.shape[2])  # [B, N, C, D]
-        before, after = launchers.scan(k.swapaxes(2, 3) @ v, total, state, backend)
-        return a, q, k, total, v, before, after
+        values = _in_chunks(v, a.shape[2])  # [B, N, C, D]
+        before, after = launchers.scan(k.swapaxes(2, 3) @ values, total, state, backend)
+        return a, q, k, total, values, before, after
 
     @mx.custom_function
     def function(qkgt: mx.array, gate_bias: mx.array, v: mx.array, state: mx.array) -> tuple[mx.array, mx.array]:
@@ -178,9 +179,8 @@ def _with_kernels(norm_floor: float, marks: mx.array | None, backend: Backend) -
     @function.vjp
     def gradient(primals: tuple, cotangents: tuple, _: tuple) -> tuple[mx.array, ...]:
         qkgt, gate_bias, v, state = primals
-        d_o, d_after = cotangents
         a, q, k, total, values, before, _ = chunks(qkgt, gate_bias, v, state)
-        d_o = _in_chunks(d_o, a.shape[2])
+        d_o, d_after = _in_chunks(cotangents[0], a.shape[2]), cotangents[1]
         d_written, d_total, d_state = launchers.scan_backward(q.swapaxes(2, 3) @ d_o, before, total, d_after, backend)
         d_qkgt = launchers.prepare_backward(
             qkgt,
@@ -202,7 +202,8 @@ def _with_kernels(norm_floor: float, marks: mx.array | None, backend: Backend) -
             d_state,
         )
 
-    return function
+    run: Callable[..., Any] = function
+    return run
 
 
 def _in_chunks(x: mx.array, chunk: int) -> mx.array:

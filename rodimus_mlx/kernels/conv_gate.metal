@@ -2,61 +2,62 @@
 //
 // Inputs   xz [B, T, 2D]: x | z     u [B, T, D]     tail [B, K - 1, D]: the inputs before x
 //          weight [D, K]   bias [D]   marks [B, T] uint8 (with MARKS): 0 padding, 1 token, 2 first of a document
-// Outputs  c [B, T, D] and next_tail [B, K - 1, D] of type T   v [B, T, D] float
-// Template T: type of the values   D   K: taps   BLOCK: tokens a thread   MARKS
-// Grid     (D / threads, T / BLOCK, B), rounded up; one thread a feature
+// Outputs  c [B, T, D] and next_tail [B, K - 1, D] of x's type   v [B, T, D] float
+// Template D: a multiple of 4   K: taps   BLOCK: tokens a thread   MARKS
+// Grid     (D / 4 / threads, T / BLOCK, B), rounded up; one thread four features
 
-const uint d = group.x * threads + tid;
-const int length = int(xz_shape[1]);
+const uint d = 4 * (group.x * threads + tid);
 if (d < uint(D)) {
+  const int length = int(xz_shape[1]);
   const size_t row = size_t(group.z) * length;
   const int begin = int(group.y) * BLOCK;
-  const int end = begin + BLOCK < length ? begin + BLOCK : length;
-  float taps[K];
-  float window[K];  // window[K - 1] is the current input
-  for (int i = 0; i < K; i++) {
-    taps[i] = static_cast<float>(weight[d * K + i]);
-    const int at = begin - (K - 1) + i - 1;  // shifted by one: the loop below moves the window first
-    float x = 0.0f;
-    if (i > 0) {
-      if (at >= 0) {
-        const bool real = !MARKS || !is_padding(marks[row + at]);
-        x = real ? static_cast<float>(xz[(row + at) * (2 * D) + d]) : 0.0f;
-      } else {
-        x = static_cast<float>(tail[(size_t(group.z) * (K - 1) + (at + K - 1)) * D + d]);
-      }
+  float window[(BLOCK + K - 1) * 4];  // the inputs from K - 1 before the block through its end
+  UNROLL
+  for (int i = 0; i < BLOCK + K - 1; i++) {
+    const int t = begin + i - (K - 1);
+    if (t < 0) {
+      load4(tail + (size_t(group.z) * (K - 1) + (t + K - 1)) * D + d, window + 4 * i);
+    } else if (t < length && (!MARKS || !is_padding(marks[row + t]))) {
+      load4(xz + (row + t) * (2 * D) + d, window + 4 * i);
+    } else {
+      window[4 * i] = window[4 * i + 1] = window[4 * i + 2] = window[4 * i + 3] = 0.0f;
     }
-    window[i] = x;
+  }
+  float taps[4 * K];
+  float shift[4];
+  load4(bias + d, shift);
+  for (int i = 0; i < 4 * K; i++) {
+    taps[i] = static_cast<float>(weight[d * K + i]);
   }
   int age = K;  // tokens since the document's start, as far as the taps reach
   if (MARKS) {
-    for (int i = 1; i < K; i++) {
-      const int at = begin - i;
-      if (at >= 0 && age == K && is_start(marks[row + at])) {
-        age = i - 1;
+    for (int i = K - 1; i > 0; i--) {
+      age = begin - i >= 0 && is_start(marks[row + begin - i]) ? 0 : age + 1;
+    }
+  }
+  UNROLL
+  for (int i = 0; i < BLOCK; i++) {
+    const int t = begin + i;
+    if (t < length) {
+      age = MARKS && is_start(marks[row + t]) ? 0 : age + 1;
+      float sum[4];
+      float gate[4];
+      load4(u + (row + t) * D + d, gate);
+      for (int e = 0; e < 4; e++) {
+        sum[e] = shift[e];
+        for (int tap = 0; tap < K; tap++) {
+          sum[e] += (!MARKS || K - 1 - tap <= age) ? taps[e * K + tap] * window[4 * (i + tap) + e] : 0.0f;
+        }
+        sum[e] = silu(sum[e]);
+        gate[e] = sigmoid(gate[e]) * window[4 * (i + K - 1) + e];
       }
+      store4(c + (row + t) * D + d, sum);
+      store4(v + (row + t) * D + d, gate);
     }
-  }
-  const float shift = static_cast<float>(bias[d]);
-  for (int t = begin; t < end; t++) {
-    const uint mark = MARKS ? uint(marks[row + t]) : 1u;
-    const float x = is_padding(mark) ? 0.0f : static_cast<float>(xz[(row + t) * (2 * D) + d]);
-    for (int i = 0; i < K - 1; i++) {
-      window[i] = window[i + 1];
-    }
-    window[K - 1] = x;
-    age = is_start(mark) ? 0 : age + 1;
-    float sum = shift;
-    for (int i = 0; i < K; i++) {
-      sum += (!MARKS || K - 1 - i <= age) ? taps[i] * window[i] : 0.0f;
-    }
-    const size_t out = (row + t) * D + d;
-    c[out] = static_cast<T>(silu(sum));
-    v[out] = sigmoid(static_cast<float>(u[out])) * x;
-  }
-  if (end == length) {
-    for (int i = 0; i < K - 1; i++) {
-      next_tail[(size_t(group.z) * (K - 1) + i) * D + d] = static_cast<T>(window[i + 1]);
+    if (t == length - 1) {
+      for (int before = 0; before < K - 1; before++) {
+        store4(next_tail + (size_t(group.z) * (K - 1) + before) * D + d, window + 4 * (i + 1 + before));
+      }
     }
   }
 }

@@ -1,23 +1,35 @@
 // out = rmsnorm((o + residual_weight * c) * silu(z)) * weight, row by row.
 //
 // Inputs   o [R, D]   c [R, D]   xz [R, 2D]: x | z   residual_weight [D]   weight [D]   eps [1] float
-// Outputs  out [R, D] of type T
-// Template T   D   WIDTH: threads
+// Outputs  out [R, D]
+// Template D: a multiple of 4   WIDTH: threads
 // Grid     (R, 1, 1) of WIDTH threads
 
-constexpr int EACH = (D + WIDTH - 1) / WIDTH;
+constexpr int FOURS = (D / 4 + WIDTH - 1) / WIDTH;
 TG_ARRAY(float, square, 32);
 const size_t row = size_t(group.x) * D;
-float y[EACH];
+float y[4 * FOURS];
 float sum = 0.0f;
-for (int i = 0; i < EACH; i++) {
-  const uint d = tid + i * WIDTH;
-  y[i] = 0.0f;
-  if (d < uint(D)) {
-    y[i] = static_cast<float>(o[row + d]) + static_cast<float>(residual_weight[d]) * static_cast<float>(c[row + d]);
-    y[i] *= silu(static_cast<float>(xz[2 * row + D + d]));
+for (int i = 0; i < FOURS; i++) {
+  const uint d = 4 * (tid + i * WIDTH);
+  for (int e = 0; e < 4; e++) {
+    y[4 * i + e] = 0.0f;
   }
-  sum += y[i] * y[i];
+  if (d < uint(D)) {
+    float residual[4];
+    float w[4];
+    float z[4];
+    load4(o + row + d, y + 4 * i);
+    load4(c + row + d, residual);
+    load4(residual_weight + d, w);
+    load4(xz + 2 * row + D + d, z);
+    for (int e = 0; e < 4; e++) {
+      y[4 * i + e] = (y[4 * i + e] + w[e] * residual[e]) * silu(z[e]);
+    }
+  }
+  for (int e = 0; e < 4; e++) {
+    sum += y[4 * i + e] * y[4 * i + e];
+  }
 }
 sum = simd_sum(sum);
 if (lane == 0) {
@@ -29,9 +41,14 @@ for (int i = 0; i < WIDTH / 32; i++) {
   mean += square[i];
 }
 const float scale = rsqrtf(mean / D + eps[0]);
-for (int i = 0; i < EACH; i++) {
-  const uint d = tid + i * WIDTH;
+for (int i = 0; i < FOURS; i++) {
+  const uint d = 4 * (tid + i * WIDTH);
   if (d < uint(D)) {
-    out[row + d] = static_cast<T>(y[i] * scale * static_cast<float>(weight[d]));
+    float w[4];
+    load4(weight + d, w);
+    for (int e = 0; e < 4; e++) {
+      w[e] *= y[4 * i + e] * scale;
+    }
+    store4(out + row + d, w);
   }
 }

@@ -10,34 +10,68 @@ FN float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 FN bool is_padding(uint mark) { return mark == 0; }
 FN bool is_start(uint mark) { return mark == 2; }
 
-// One token's q / sqrt(N), gated key, and decay, by a whole simdgroup: lane l works on key features l, l + 32, ...
-// at: the token's row of qkgt [4N]: q | k | g | t. mark 0 also for tokens past the end, whose row is not read.
+// The gates of one key feature: from k / |k| and the projections g and tau with their biases to the gated key and decay.
+FN void select(float unit_key, float g_in, float tau_in, uint mark, THREAD float& key, THREAD float& decay) {
+  const float g = softplus(g_in);
+  const float tau = sigmoid(tau_in);
+  key = is_padding(mark) ? 0.0f : unit_key * powf(g, tau);
+  decay = is_padding(mark) ? 1.0f : (is_start(mark) ? 0.0f : expf(-g * tau));
+}
+
+// One token's q / sqrt(N), gated key and decay, by four neighbouring threads: thread `part` gets features part, part + 4, ...
+// at: the token's row of qkgt [4N]: q | k | g | tau. Tokens past the end, whose row is not read, are padding.
+template <int N, typename P, typename Q>
+FN void gate_quarter(
+    P at, Q gate_bias, float norm_floor, bool exists, uint mark, uint part,
+    THREAD float* q, THREAD float* k, THREAD float* a) {
+  constexpr int EACH = (N + 3) / 4;
+  float squares = 0.0f;
+  for (int j = 0; j < EACH; j++) {
+    const uint n = 4 * j + part;
+    const bool read = exists && n < uint(N);
+    q[j] = read ? static_cast<float>(at[n]) * rsqrtf(float(N)) : 0.0f;
+    k[j] = read ? static_cast<float>(at[N + n]) : 0.0f;
+    a[j] = 1.0f;
+    squares += k[j] * k[j];
+  }
+  squares += simd_shuffle_xor(squares, 1);
+  squares += simd_shuffle_xor(squares, 2);
+  const float norm = fmaxf(sqrtf(squares), norm_floor);
+  for (int j = 0; j < EACH; j++) {
+    const uint n = 4 * j + part;
+    if (exists && n < uint(N)) {
+      const float g = static_cast<float>(at[2 * N + n]) + static_cast<float>(gate_bias[n]);
+      const float tau = static_cast<float>(at[3 * N + n]) + static_cast<float>(gate_bias[N + n]);
+      select(k[j] / norm, g, tau, mark, k[j], a[j]);
+    }
+  }
+}
+
+// The same by a whole simdgroup, into threadgroup arrays: lane l works on features l, l + 32, ...
 template <int N, typename P, typename Q>
 FN void gate_token(
-    P at, Q gate_bias, float norm_floor, bool exists, uint mark, uint lane,
+    P at, Q gate_bias, float norm_floor, uint mark, uint lane,
     THREADGROUP float* q_row, THREADGROUP float* k_row, THREADGROUP float* a_row) {
   constexpr int LANES = (N + 31) / 32;
   float keys[LANES];
   float squares = 0.0f;
   for (int l = 0; l < LANES; l++) {
     const uint n = lane + 32 * l;
-    keys[l] = (exists && n < uint(N)) ? static_cast<float>(at[N + n]) : 0.0f;
+    keys[l] = n < uint(N) ? static_cast<float>(at[N + n]) : 0.0f;
     squares += keys[l] * keys[l];
   }
   const float norm = fmaxf(sqrtf(simd_sum(squares)), norm_floor);
   for (int l = 0; l < LANES; l++) {
     const uint n = lane + 32 * l;
     if (n < uint(N)) {
-      q_row[n] = exists ? static_cast<float>(at[n]) * rsqrtf(float(N)) : 0.0f;
-      if (is_padding(mark)) {
-        k_row[n] = 0.0f;
-        a_row[n] = 1.0f;
-      } else {
-        const float g = softplus(static_cast<float>(at[2 * N + n]) + static_cast<float>(gate_bias[n]));
-        const float tau = sigmoid(static_cast<float>(at[3 * N + n]) + static_cast<float>(gate_bias[N + n]));
-        k_row[n] = keys[l] / norm * powf(g, tau);
-        a_row[n] = is_start(mark) ? 0.0f : expf(-g * tau);
-      }
+      const float g = static_cast<float>(at[2 * N + n]) + static_cast<float>(gate_bias[n]);
+      const float tau = static_cast<float>(at[3 * N + n]) + static_cast<float>(gate_bias[N + n]);
+      float key = 0.0f;
+      float decay = 0.0f;
+      select(keys[l] / norm, g, tau, mark, key, decay);
+      q_row[n] = static_cast<float>(at[n]) * rsqrtf(float(N));
+      k_row[n] = key;
+      a_row[n] = decay;
     }
   }
 }

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from .launch import Backend, Kernel
 
-CONV_BLOCK = 16  # tokens a thread convolves, where there are that many
+CONV_BLOCK = 8  # tokens a thread convolves, where there are that many
 
 _SHARED = ["gates.metal"]
 _conv_gate = Kernel(
@@ -80,8 +80,8 @@ def _ceil(a: int, b: int) -> int:
 
 
 def _row_threads(width: int) -> int:
-    """Threads for a row: about eight values each, whole simdgroups."""
-    return min(1024, max(32, _ceil(width, 256) * 32))
+    """Threads for a row: eight values each, whole simdgroups."""
+    return min(1024, _ceil(width, 256) * 32)
 
 
 def conv_gate(
@@ -97,14 +97,14 @@ def conv_gate(
     batch, length, inner = u.shape
     taps = weight.shape[1]
     block = 1 if length < CONV_BLOCK else CONV_BLOCK
-    threads = 256 if length >= CONV_BLOCK else 64
+    threads = 128 if length >= CONV_BLOCK else 32
     c, v, next_tail = _conv_gate(
         [xz, u, tail, weight, bias, no_marks() if marks is None else marks],
-        groups=(_ceil(inner, threads), _ceil(length, block), batch),
+        groups=(_ceil(inner // 4, threads), _ceil(length, block), batch),
         threads=threads,
         output_shapes=[u.shape, u.shape, tail.shape],
         output_dtypes=[xz.dtype, mx.float32, xz.dtype],
-        template={"T": xz.dtype, "D": inner, "K": taps, "BLOCK": block, "MARKS": marks is not None},
+        template={"D": inner, "K": taps, "BLOCK": block, "MARKS": marks is not None},
         backend=backend,
     )
     return c, v, next_tail
@@ -147,9 +147,13 @@ def step(
     return y, next_state
 
 
-def chunk_size(n: int) -> int:
-    """Tokens in a chunk: as many as keep the backward kernel within 32 KB of threadgroup memory."""
-    return 64 if n <= 64 else 32
+def chunk_sizes(length: int, n: int) -> tuple[int, int]:
+    """Tokens in a chunk, and in the tile of it that threadgroup memory holds at once: as many as fit in 32 KB.
+
+    Larger chunks write and read fewer states between them, but their A costs more; twice the tile measured best.
+    """
+    tile = min(64, 4096 // n // 8 * 8)
+    return (tile if length <= tile else 2 * tile), tile
 
 
 def prepare(
@@ -162,7 +166,7 @@ def prepare(
     """qkgt [B, T, 4n] -> A [B, N, C, C], decayed q and k [B, N, C, n], total [B, N, n], all float32."""
     batch, length, width = qkgt.shape
     n = width // 4
-    chunk = chunk_size(n)
+    chunk, tile = chunk_sizes(length, n)
     chunks = _ceil(length, chunk)
     a, q, k, total = _prepare(
         [qkgt, gate_bias, scalar(norm_floor), no_marks() if marks is None else marks],
@@ -175,7 +179,7 @@ def prepare(
             (batch, chunks, n),
         ],
         output_dtypes=[mx.float32] * 4,
-        template={"C": chunk, "N": n, "MARKS": marks is not None},
+        template={"C": chunk, "TILE": tile, "N": n, "MARKS": marks is not None},
         backend=backend,
     )
     return a, q, k, total
@@ -195,7 +199,7 @@ def prepare_backward(
     """Gradients of `prepare`'s outputs -> that of qkgt, [B, T, 4n] float32."""
     batch, length, width = qkgt.shape
     n = width // 4
-    chunk = chunk_size(n)
+    chunk, tile = chunk_sizes(length, n)
     (d_qkgt,) = _prepare_backward(
         [
             qkgt,
@@ -211,7 +215,7 @@ def prepare_backward(
         threads=4 * chunk,
         output_shapes=[qkgt.shape],
         output_dtypes=[mx.float32],
-        template={"C": chunk, "N": n, "MARKS": marks is not None},
+        template={"C": chunk, "TILE": tile, "N": n, "MARKS": marks is not None},
         backend=backend,
     )
     return d_qkgt
@@ -263,7 +267,7 @@ def add_norm(
         threads=threads,
         output_shapes=[h.shape if keep else (1,), h.shape],
         output_dtypes=[h.dtype, weight.dtype],
-        template={"H": h.dtype, "T": weight.dtype, "D": width, "WIDTH": threads, "ADD": add, "KEEP": keep},
+        template={"H": h.dtype, "D": width, "WIDTH": threads, "ADD": add, "KEEP": keep},
         backend=backend,
     )
     return total, normed
@@ -287,7 +291,7 @@ def gate_norm(
         threads=threads,
         output_shapes=[c.shape],
         output_dtypes=[c.dtype],
-        template={"T": c.dtype, "D": width, "WIDTH": threads},
+        template={"D": width, "WIDTH": threads},
         backend=backend,
     )
     return out
@@ -298,11 +302,11 @@ def swiglu(x: mx.array, backend: Backend) -> mx.array:
     width = x.shape[-1] // 2
     (out,) = _swiglu(
         [x],
-        groups=(_ceil(width, 256), x.size // (2 * width), 1),
-        threads=256,
+        groups=(_ceil(width // 4, 128), x.size // (2 * width), 1),
+        threads=128,
         output_shapes=[(*x.shape[:-1], width)],
         output_dtypes=[x.dtype],
-        template={"T": x.dtype, "F": width},
+        template={"F": width},
         backend=backend,
     )
     return out

@@ -1,79 +1,84 @@
 // Gradients of prepare: from those of A, q_decayed, k_decayed and total to those of the projections.
 //
-// Two sweeps over the chunk's pairs s < t, each recomputing the gates tile by tile: in the first a thread keeps s while
-// t moves on and gathers d_k; in the second it keeps t while s moves back and gathers d_q. The gradient of log a_r is
-// the sum over the pairs that straddle r, which is sum_(t >= r) (q_t dq_t - k_t dk_t) over the pairs s < t alone: with
-// the diagonal left out, nothing large cancels.
+// Two sweeps over the chunk's pairs s < t: in the first a thread keeps s while t moves on and gathers d_k; in the second
+// it keeps t while s moves back and gathers d_q. The gradient of log a_r is the sum over the pairs that straddle r,
+// which is sum_(t >= r) (q_t dq_t - k_t dk_t) over the pairs s < t alone: with the diagonal left out, nothing large
+// cancels.
 //
 // Inputs   qkgt [B, T, 4N]   gate_bias [2N]   norm_floor [1] float   marks [B, T] uint8 (with MARKS)
 //          d_A [B, chunks, C, C]   d_q_decayed, d_k_decayed [B, chunks, C, N]   d_total [B, chunks, N],
 //          of log total: float
 // Outputs  d_qkgt [B, T, 4N] float
-// Template C: tokens a chunk, a multiple of 8   N: key features   MARKS
+// Template C: tokens a chunk, a multiple of 8   TILE: of them in threadgroup memory at once   N: key features   MARKS
 // Grid     (chunks, B, 1) of 4 C threads: four threads a token, each every fourth key feature
 
-constexpr int TILE = 8;
 constexpr int EACH = (N + 3) / 4;
-TG_ARRAY(float, q_tile, TILE * N);
-TG_ARRAY(float, k_tile, TILE * N);
-TG_ARRAY(float, a_tile, TILE * N);
-TG_ARRAY(float, sums, C * N);
+constexpr int ROOM = 2 * TILE * N > C * N ? 2 * TILE * N : C * N;
+TG_ARRAY(float, room, ROOM);  // first a tile of q or k and one of a, then sums over the chunk
 
 const size_t length = uint(qkgt_shape[1]);
 const size_t chunk = size_t(group.y) * group_count.x + group.x;
 const uint own = tid / 4;  // the thread's token
 const uint part = tid % 4;
-float q[EACH];  // q / sqrt(N) and the gated key of the thread's token
+const size_t position = size_t(group.x) * C + own;
+const size_t token = size_t(group.y) * length + position;
+const bool exists = position < length;
+const uint mark = exists ? (MARKS ? uint(marks[token]) : 1u) : 0u;
+float q[EACH];  // q / sqrt(N), the gated key and the decay of the thread's token
 float k[EACH];
+float a[EACH];
 float d_q[EACH];
 float d_k[EACH];
 float d_log[EACH];  // of log a
 float straddle[EACH];
 float decay[EACH];  // first from own to the sweep's token, then from the sweep's token to own
+gate_quarter<N>(qkgt + token * (4 * N), gate_bias + 0, norm_floor[0], exists, mark, part, q, k, a);
 for (int j = 0; j < EACH; j++) {
-  q[j] = k[j] = d_q[j] = d_k[j] = decay[j] = 0.0f;
+  d_q[j] = d_k[j] = d_log[j] = straddle[j] = 0.0f;
 }
 
 for (uint sweep = 0; sweep < 2; sweep++) {
   const bool forward = sweep == 0;
+  for (int j = 0; j < EACH; j++) {
+    decay[j] = forward ? 1.0f : a[j];
+  }
   for (uint step = 0; step < uint(C); step += TILE) {
     const uint tile = forward ? step : C - TILE - step;
     TG_BARRIER();
-    for (uint i = simd_id; i < uint(TILE); i += threads / 32) {
-      const size_t t = group.x * C + tile + i;
-      const size_t token = size_t(group.y) * length + t;
-      const bool exists = t < length;
-      const uint mark = exists ? (MARKS ? uint(marks[token]) : 1u) : 0u;
-      gate_token<N>(
-          qkgt + token * (4 * N), gate_bias + 0, norm_floor[0], exists, mark, lane,
-          q_tile + i * N, k_tile + i * N, a_tile + i * N);
+    if (own >= tile && own < tile + TILE) {
+      for (int j = 0; j < EACH; j++) {
+        const uint n = 4 * j + part;
+        if (n < uint(N)) {
+          room[(own - tile) * N + n] = forward ? q[j] : k[j];
+          room[(TILE + own - tile) * N + n] = a[j];
+        }
+      }
     }
     TG_BARRIER();
     for (uint turn = 0; turn < uint(TILE); turn++) {
       const uint i = forward ? turn : TILE - 1 - turn;
       const uint other = tile + i;
-      const bool paired = forward ? other > own : other < own;
-      const size_t pair = forward ? other * C + own : own * C + other;
-      const float d_pair = paired ? d_A[chunk * C * C + pair] : 0.0f;
-      for (int j = 0; j < EACH; j++) {
-        const uint n = 4 * j + part;
-        if (n < uint(N)) {
-          const uint at = i * N + n;
-          if (other == own) {
-            q[j] = q_tile[at];
-            k[j] = k_tile[at];
-            decay[j] = forward ? 1.0f : a_tile[at];
-          } else if (paired && forward) {
-            decay[j] *= a_tile[at];
-            d_k[j] += d_pair * q_tile[at] * decay[j];
-          } else if (paired) {
-            d_q[j] += d_pair * k_tile[at] * decay[j];
-            decay[j] *= a_tile[at];
+      if (forward ? other > own : other < own) {
+        const size_t pair = forward ? other * C + own : own * C + other;
+        const float d_pair = d_A[chunk * C * C + pair];
+        for (int j = 0; j < EACH; j++) {
+          const uint n = 4 * j + part;
+          if (n < uint(N)) {
+            const float theirs = d_pair * room[i * N + n];
+            const float a_other = room[(TILE + i) * N + n];
+            if (forward) {
+              decay[j] *= a_other;
+              d_k[j] += theirs * decay[j];
+            } else {
+              d_q[j] += theirs * decay[j];
+              decay[j] *= a_other;
+            }
           }
         }
       }
     }
   }
+  TG_BARRIER();
   // decay now spans from after own to the chunk's end, or from the chunk's start through own
   for (int j = 0; j < EACH; j++) {
     const uint n = 4 * j + part;
@@ -82,21 +87,21 @@ for (uint sweep = 0; sweep < 2; sweep++) {
       if (forward) {
         const float from_end = d_k_decayed[at] * decay[j];
         straddle[j] = -k[j] * d_k[j];
-        sums[own * N + n] = k[j] * from_end;
+        room[own * N + n] = k[j] * from_end;
         d_k[j] += from_end;
       } else {
         d_q[j] += d_q_decayed[at] * decay[j];
-        sums[own * N + n] = straddle[j] + q[j] * d_q[j];
+        room[own * N + n] = straddle[j] + q[j] * d_q[j];
       }
     }
   }
   TG_BARRIER();
-  if (tid < uint(N)) {  // k_decayed[s] holds the decays after s: a sum over s < r; the others, over t >= r
+  for (uint n = tid; n < uint(N); n += threads) {  // k_decayed[s] holds the decays after s; all else sums over t >= r
     float sum = 0.0f;
     for (uint step = 0; step < uint(C); step++) {
-      const uint at = (forward ? step : C - 1 - step) * N + tid;
-      const float term = sums[at];
-      sums[at] = forward ? sum : sum + term;
+      const uint at = (forward ? step : C - 1 - step) * N + n;
+      const float term = room[at];
+      room[at] = forward ? sum : sum + term;
       sum += term;
     }
   }
@@ -104,16 +109,12 @@ for (uint sweep = 0; sweep < 2; sweep++) {
   for (int j = 0; j < EACH; j++) {
     const uint n = 4 * j + part;
     if (n < uint(N)) {
-      d_log[j] = forward ? sums[own * N + n] : d_log[j] + sums[own * N + n];
+      d_log[j] = forward ? room[own * N + n] : d_log[j] + room[own * N + n];
     }
   }
 }
 
 const float d_self = d_A[(chunk * C + own) * C + own];
-const size_t position = group.x * C + own;
-const size_t token = size_t(group.y) * length + position;
-const bool exists = position < length;
-const uint mark = exists ? (MARKS ? uint(marks[token]) : 1u) : 0u;
 float squares = 0.0f;
 float along = 0.0f;  // of d_key along the key
 for (int j = 0; j < EACH; j++) {

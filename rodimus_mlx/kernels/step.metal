@@ -27,7 +27,7 @@ for (uint t = 0; t < length; t++) {
   const size_t token = batch * length + t;
   if (simd_id == 0) {
     gate_token<N>(
-        qkgt + token * (4 * N), gate_bias + 0, norm_floor[0], true,
+        qkgt + token * (4 * N), gate_bias + 0, norm_floor[0],
         MARKS ? uint(marks[token]) : 1u, lane, q_row + 0, k_row + 0, decay_row + 0);
   }
   TG_BARRIER();
