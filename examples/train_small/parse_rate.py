@@ -1,0 +1,121 @@
+"""The share of completions of held-out function headers that Python parses.
+
+    python parse_rate.py DATA MODEL [--functions 200] [--temp 0.2] [--out FILE]
+
+Each prompt is a function's header alone (`def name(...):`, methods too, moved to the margin). The completion is cut
+where the function ends: at the first line that starts at the margin. One that has not ended after --max-tokens is cut
+at its last line end, and counted as it then is. --out writes every function as a line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from bits_per_byte import read
+from build_data import draw
+from mlx_lm.sample_utils import make_sampler
+
+from rodimus_mlx import load, stream_generate
+
+PER_MODULE = 4  # headers from one module at most
+BODY_LINES = 3  # of a function worth asking for
+LONGEST_HEADER = 300  # characters
+_AT_MARGIN = re.compile(r"\n(?=[^\s)\]}#])")  # a closing bracket or a comment may stand at the margin inside a function
+
+
+def main() -> None:
+    """Print the shares as one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="folder of heldout.jsonl")
+    parser.add_argument("model", help="folder of a Rodimus or Rodimus+ model")
+    parser.add_argument("--functions", type=int, default=200)
+    parser.add_argument("--temp", type=float, default=0.2)
+    parser.add_argument("--max-tokens", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="write the completions here")
+    args = parser.parse_args()
+
+    prompts = headers(read(args.data / "heldout.jsonl"), args.functions)
+    model, tokenizer = load(args.model)
+    mx.random.seed(args.seed)
+    results = [judge(header, *complete(model, tokenizer, header, args.max_tokens, args.temp)) for header in prompts]
+    if args.out:
+        args.out.write_text("".join(json.dumps(result) + "\n" for result in results))
+    share = {name: sum(r[name] for r in results) / len(results) for name in ("parses", "ended", "does_something")}
+    print(json.dumps({"functions": len(results), "temperature": args.temp, **share}))
+
+
+def headers(records: list[dict[str, str]], count: int) -> list[str]:
+    """Headers of held-out functions, chosen by hash, no two alike."""
+    found: dict[str, float] = {}
+    for record in records:
+        own = sorted(set(functions(record["text"])), key=lambda header: draw(record["path"] + header))
+        for header in own[:PER_MODULE]:
+            found[header] = draw(header)
+    chosen = sorted(found, key=lambda header: found[header])[:count]
+    if len(chosen) < count:
+        raise SystemExit(f"Error: the held-out modules give {len(chosen)} headers, not {count}; lower --functions")
+    return chosen
+
+
+def functions(text: str) -> Iterator[str]:
+    """The headers of a module's functions, without decorators, at the margin."""
+    lines = text.splitlines()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        begin, body = node.lineno - 1, node.body[0].lineno - 1
+        header = textwrap.dedent("\n".join(lines[begin:body])).rstrip()
+        if (
+            body > begin
+            and node.end_lineno - body >= BODY_LINES
+            and header.endswith(":")
+            and len(header) < LONGEST_HEADER
+        ):
+            yield header
+
+
+def complete(model: Any, tokenizer: Any, header: str, max_tokens: int, temp: float) -> tuple[str, bool]:
+    """What the model adds to a header, and whether the function ended."""
+    text = ""
+    for response in stream_generate(model, tokenizer, header, max_tokens=max_tokens, sampler=make_sampler(temp)):
+        text += response.text
+        if _AT_MARGIN.search(text):
+            break
+    return cut(text, ended=response.finish_reason == "stop")
+
+
+def cut(text: str, *, ended: bool = False) -> tuple[str, bool]:
+    """A completion up to the function's end, and whether it has one; ``ended``: the model ended the whole text."""
+    end = _AT_MARGIN.search(text)
+    if end:
+        return text[: end.start() + 1], True
+    return (text, True) if ended else (text[: text.rfind("\n") + 1], False)
+
+
+def judge(header: str, body: str, ended: bool) -> dict[str, Any]:
+    """Whether header and body parse, and have more than a docstring or `pass` in them."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            function = ast.parse(header + body).body[0]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return {"header": header, "body": body, "parses": False, "ended": ended, "does_something": False}
+    idle = all(isinstance(s, ast.Pass) or isinstance(getattr(s, "value", None), ast.Constant) for s in function.body)
+    return {"header": header, "body": body, "parses": True, "ended": ended, "does_something": not idle}
+
+
+if __name__ == "__main__":
+    main()
