@@ -16,8 +16,8 @@ BLOCK_TYPES = ("rodimus", "rodimus_plus")
 DEFAULT_CONV_WIDTH = 4
 DEFAULT_ROPE_BASE = 10000.0
 DEFAULT_FFN_RATIO = 4 / 3
-_DEFAULT_FFN = {"ffn_expand_ratio": DEFAULT_FFN_RATIO}
 KEY_NORM_FLOOR = 1e-12  # the floor of |k| where a config gives none
+_MAX_SIZE = 2**31 - 1  # of any width, count or token id: MLX keeps sizes in 32 bits
 
 # Keys of the official nested tables that choose an implementation or a training setting, never the function computed.
 _MIXER_IGNORED = {"mode", "layer_idx", "use_fast_path", "dropout", "activation_dropout"}
@@ -64,6 +64,7 @@ class RodimusConfig:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     max_position_embeddings: int | None = None  # length seen in training; nothing is limited by it
+    ffn_padding: int = 0  # of the d_ffn features, the last so many are zeros: a quantized width must be round
 
     @property
     def has_attention(self) -> bool:
@@ -94,7 +95,9 @@ class RodimusConfig:
         """
         model_type = config.get("model_type", "rodimus")
         if model_type != "rodimus":
-            raise RodimusError(f"config.json: model_type is {model_type!r}, but only 'rodimus' models can be read")
+            raise RodimusError(
+                f"config.json: model_type is {_shown(model_type)}, but only 'rodimus' models can be read"
+            )
         parsed = _from_fla(config) if "hidden_size" in config else _from_official(config)
         _validate(parsed)
         return parsed
@@ -135,6 +138,7 @@ class RodimusConfig:
             "eos_token_id": list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id,
             "mixer_cfg": mixer_cfg,
             "attn_cfg": attn_cfg if self.has_attention else {},
+            "ffn_padding": self.ffn_padding or None,
         }
         return {key: value for key, value in result.items() if value is not None}
 
@@ -142,39 +146,42 @@ class RodimusConfig:
 def _from_official(config: Mapping[str, Any]) -> RodimusConfig:
     mixer = _table(config, "mixer_cfg")
     attn = _table(config, "attn_cfg")
-    d_model = _positive_int(config, "d_model")
+    d_model = _size(config, "d_model")
     block_type = _block_type(config)
     plus = block_type == "rodimus_plus"
     _check_options("mixer_cfg", mixer, _MIXER_KEYS | _MIXER_IGNORED, _MIXER_ONLY)
     if plus:
         _check_options("attn_cfg", attn, _ATTN_KEYS | _ATTN_IGNORED, _ATTN_ONLY)
-    heads = (attn.get("num_heads") or d_model // 128) if plus else 0
-    window = attn.get("window_size") if plus else None
+    else:
+        attn = {}
+    heads = _size(attn, "attn_cfg.num_heads", max(d_model // 128, 1)) if plus else 0
+    window = _whole(attn, "attn_cfg.window_size", 0)
+    ffn_ratio = _number(attn, "attn_cfg.ffn_expand_ratio", DEFAULT_FFN_RATIO)
     return RodimusConfig(
         block_type=block_type,
         d_model=d_model,
-        n_layer=_positive_int(config, "n_layer"),
-        vocab_size=_positive_int(config, "vocab_size"),
-        d_inner=align8(d_model * _number({"expand_ratio": 2, **mixer}, "mixer_cfg.expand_ratio")),
-        mem_size=_positive_int({"mem_size": 64, **mixer}, "mixer_cfg.mem_size"),
-        d_conv=mixer.get("d_conv", DEFAULT_CONV_WIDTH),
-        input_gate_low_rank=_low_rank(mixer.get("input_gate_low_rank", "auto"), d_model),
-        normalize_epsilon=mixer.get("normalize_epsilon") or KEY_NORM_FLOOR,
+        n_layer=_size(config, "n_layer"),
+        vocab_size=_size(config, "vocab_size"),
+        d_inner=_width(d_model * _number(mixer, "mixer_cfg.expand_ratio", 2.0), "mixer_cfg.expand_ratio"),
+        mem_size=_size(mixer, "mixer_cfg.mem_size", 64),
+        d_conv=_size(mixer, "mixer_cfg.d_conv", DEFAULT_CONV_WIDTH),
+        input_gate_low_rank=_low_rank(mixer, "mixer_cfg.input_gate_low_rank", d_model),
+        normalize_epsilon=_number(mixer, "mixer_cfg.normalize_epsilon", KEY_NORM_FLOOR, zero=KEY_NORM_FLOOR),
         norm_epsilon=_number(config, "norm_epsilon"),
         num_heads=heads,
-        num_heads_k=(attn.get("num_heads_k") or 1) if plus else 0,
-        num_heads_v=(attn.get("num_heads_v") or heads) if plus else 0,
-        d_ffn=align8(d_model * _number({**_DEFAULT_FFN, **attn}, "attn_cfg.ffn_expand_ratio")) if plus else 0,
-        window_size=window if window and window > 0 else None,
-        rotary_emb_dim=max(attn.get("rotary_emb_dim", -1), -1),
-        rotary_emb_base=float(attn.get("rotary_emb_base") or DEFAULT_ROPE_BASE),
-        residual_in_fp32=config.get("residual_in_fp32", True),
+        num_heads_k=_size(attn, "attn_cfg.num_heads_k", 1) if plus else 0,
+        num_heads_v=_size(attn, "attn_cfg.num_heads_v", heads) if plus else 0,
+        d_ffn=_width(d_model * ffn_ratio, "attn_cfg.ffn_expand_ratio") if plus else 0,
+        window_size=window if window > 0 else None,
+        rotary_emb_dim=max(_whole(attn, "attn_cfg.rotary_emb_dim", -1), -1),
+        rotary_emb_base=_number(attn, "attn_cfg.rotary_emb_base", DEFAULT_ROPE_BASE, zero=DEFAULT_ROPE_BASE),
+        residual_in_fp32=_flag(config, "residual_in_fp32", True),
         **_common(config),
     )
 
 
 def _from_fla(config: Mapping[str, Any]) -> RodimusConfig:
-    d_model = _positive_int(config, "hidden_size")
+    d_model = _size(config, "hidden_size")
     block_type = _block_type(config)
     plus = block_type == "rodimus_plus"
     _refuse("attn", config.get("attn"), (None,))
@@ -183,62 +190,52 @@ def _from_fla(config: Mapping[str, Any]) -> RodimusConfig:
     ska = _table(config, "ska_attn") if plus else {}
     for key in ("qkv_bias", "qk_norm"):
         _refuse(f"ska_attn.{key}", ska.get(key, False), (False, None))
-    heads = (ska.get("num_heads") or d_model // 128) if plus else 0
-    keys = ska.get("window_size")
-    d_ffn = config.get("intermediate_size") or align8(d_model * (config.get("hidden_ratio") or DEFAULT_FFN_RATIO))
+    heads = _size(ska, "ska_attn.num_heads", max(d_model // 128, 1)) if plus else 0
+    keys = _whole(ska, "ska_attn.window_size", 0)
+    width = _width(d_model * _number(config, "hidden_ratio", DEFAULT_FFN_RATIO), "hidden_ratio")
     return RodimusConfig(
         block_type=block_type,
         d_model=d_model,
-        n_layer=_positive_int(config, "num_hidden_layers"),
-        vocab_size=_positive_int(config, "vocab_size"),
+        n_layer=_size(config, "num_hidden_layers"),
+        vocab_size=_size(config, "vocab_size"),
         d_inner=2 * d_model,
-        mem_size=_positive_int(config, "expand_ratio"),
-        d_conv=config.get("conv_size", DEFAULT_CONV_WIDTH),
-        input_gate_low_rank=_low_rank(config.get("input_gate_low_rank", "auto"), d_model),
-        normalize_epsilon=config.get("k_norm_eps") or KEY_NORM_FLOOR,
+        mem_size=_size(config, "expand_ratio"),
+        d_conv=_size(config, "conv_size", DEFAULT_CONV_WIDTH),
+        input_gate_low_rank=_low_rank(config, "input_gate_low_rank", d_model),
+        normalize_epsilon=_number(config, "k_norm_eps", KEY_NORM_FLOOR, zero=KEY_NORM_FLOOR),
         norm_epsilon=_number(config, "norm_eps"),
         num_heads=heads,
         num_heads_k=1 if plus else 0,
         num_heads_v=heads,
-        d_ffn=d_ffn if plus else 0,
-        window_size=2 * (keys - 1) if keys and keys > 0 else None,  # fla counts keys; W // 2 + 1 of them
-        rotary_emb_base=float(ska.get("rope_theta") or DEFAULT_ROPE_BASE),
-        residual_in_fp32=config.get("residual_in_fp32", True) and config.get("block_residual_in_fp32", True),
+        d_ffn=_size(config, "intermediate_size", width) if plus else 0,
+        window_size=max(2 * (keys - 1), 1) if keys > 0 else None,  # fla counts keys: W // 2 + 1
+        rotary_emb_base=_number(ska, "ska_attn.rope_theta", DEFAULT_ROPE_BASE, zero=DEFAULT_ROPE_BASE),
+        residual_in_fp32=_flag(config, "residual_in_fp32", True) and _flag(config, "block_residual_in_fp32", True),
         **_common(config),
     )
 
 
 _MIXER_KEYS = {"expand_ratio", "mem_size", "d_conv", "input_gate_low_rank", "normalize_epsilon"}
-_ATTN_KEYS = {
-    "ffn_expand_ratio",
-    "num_heads",
-    "num_heads_k",
-    "num_heads_v",
-    "rotary_emb_base",
-    "rotary_emb_dim",
-    "window_size",
-}
+_HEAD_KEYS = {"num_heads", "num_heads_k", "num_heads_v"}
+_ATTN_KEYS = {"ffn_expand_ratio", "rotary_emb_base", "rotary_emb_dim", "window_size"} | _HEAD_KEYS
 
 
 def _common(config: Mapping[str, Any]) -> dict[str, Any]:
-    eos = config.get("eos_token_id")
     return {
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "use_scale_embedding": bool(config.get("use_scale_embedding", False)),
-        "use_norm_embedding": bool(config.get("use_norm_embedding", False)),
-        "bos_token_id": config.get("bos_token_id"),
-        "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
-        "max_position_embeddings": config.get("max_position_embeddings"),
+        "tie_word_embeddings": _flag(config, "tie_word_embeddings", False),
+        "use_scale_embedding": _flag(config, "use_scale_embedding", False),
+        "use_norm_embedding": _flag(config, "use_norm_embedding", False),
+        "bos_token_id": _optional(config, "bos_token_id"),
+        "eos_token_id": _end_tokens(config),
+        "max_position_embeddings": _optional(config, "max_position_embeddings"),
+        "ffn_padding": _whole(config, "ffn_padding", 0),
     }
 
 
 def _validate(c: RodimusConfig) -> None:
-    sizes = ["d_inner", "mem_size", "d_conv", "input_gate_low_rank"]
-    sizes += ["num_heads", "num_heads_k", "num_heads_v", "d_ffn"] if c.has_attention else []
-    for name in sizes:
-        value = getattr(c, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise RodimusError(f"config.json: {name} must be a positive whole number, not {value!r}")
+    for name in ("d_inner", "d_ffn"):
+        if getattr(c, name) % 8:  # only fla's can be: the official format has ratios, rounded to 8
+            raise RodimusError(f"config.json: its {name} is {getattr(c, name)}, but widths must be multiples of 8")
     if not c.has_attention:
         return
     if c.d_model % c.num_heads:
@@ -247,10 +244,12 @@ def _validate(c: RodimusConfig) -> None:
         if c.num_heads % getattr(c, name):
             raise RodimusError(f"config.json: {name} {getattr(c, name)} does not divide num_heads {c.num_heads}")
     dims = c.rotary_emb_dim
-    if dims != -1 and (dims < 0 or dims > c.head_dim or dims % 2):
+    if dims != -1 and (dims > c.head_dim or dims % 2):
         raise RodimusError(
             f"config.json: rotary_emb_dim must be -1, 0, or an even number up to the head size {c.head_dim}, not {dims}"
         )
+    if not 0 <= c.ffn_padding < c.d_ffn:
+        raise RodimusError(f"config.json: ffn_padding must be from 0 to below the FFN's width, not {c.ffn_padding}")
 
 
 def _table(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -258,45 +257,86 @@ def _table(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise RodimusError(f"config.json: {key} must be a table of options, not {value!r}")
+        raise RodimusError(f"config.json: {key} must be a table of options, not {_shown(value)}")
     return value
 
 
 def _block_type(config: Mapping[str, Any]) -> str:
     value = config.get("block_type", "rodimus")
     if value not in BLOCK_TYPES:
-        raise RodimusError(f"config.json: unknown block_type {value!r}; known are {' and '.join(BLOCK_TYPES)}")
+        raise RodimusError(f"config.json: unknown block_type {_shown(value)}; known are {' and '.join(BLOCK_TYPES)}")
     return value
 
 
-def _positive_int(config: Mapping[str, Any], path: str) -> int:
-    value = _required(config, path)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise RodimusError(f"config.json: {path} must be a positive whole number, not {value!r}")
+def _given(table: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of a path's last name; null counts as absent, and without a default it must be there."""
+    value = table.get(path.rsplit(".", 1)[-1])
+    value = default if value is None else value
+    if value is None:
+        raise RodimusError(f"config.json: {path} is missing; is this the config of a Rodimus model?")
     return value
 
 
-def _number(config: Mapping[str, Any], path: str) -> float:
-    value = _required(config, path)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-        raise RodimusError(f"config.json: {path} must be a positive number, not {value!r}")
+def _whole(table: Mapping[str, Any], path: str, default: int | None = None, least: int | None = None) -> int:
+    value = _given(table, path, default)
+    if type(value) is not int or abs(value) > _MAX_SIZE or (least is not None and value < least):
+        kind = "whole" if least is None else "positive whole"
+        raise RodimusError(f"config.json: {path} must be a {kind} number, not {_shown(value)}")
+    return value
+
+
+def _size(table: Mapping[str, Any], path: str, default: int | None = None) -> int:
+    return _whole(table, path, default, least=1)
+
+
+def _number(table: Mapping[str, Any], path: str, default: float | None = None, zero: float | None = None) -> float:
+    """A positive number; ``zero``: what 0 stands for where it is allowed."""
+    value = _given(table, path, default)
+    if zero is not None and type(value) in (int, float) and value == 0:
+        return zero
+    if type(value) not in (int, float) or not 0 < value < 1e300:
+        raise RodimusError(f"config.json: {path} must be a positive number, not {_shown(value)}")
     return float(value)
 
 
-def _required(config: Mapping[str, Any], path: str) -> Any:
-    key = path.rsplit(".", 1)[-1]
-    if config.get(key) is None:
-        raise RodimusError(f"config.json: {path} is missing; is this the config of a Rodimus model?")
-    return config[key]
+def _flag(table: Mapping[str, Any], path: str, default: bool) -> bool:
+    value = _given(table, path, default)
+    if type(value) is not bool:
+        raise RodimusError(f"config.json: {path} must be true or false, not {_shown(value)}")
+    return value
 
 
-def _low_rank(value: Any, d_model: int) -> int:
-    return max(d_model // 64, 16) if value == "auto" else value
+def _optional(table: Mapping[str, Any], key: str) -> int | None:
+    return None if table.get(key) is None else _whole(table, key)
+
+
+def _end_tokens(table: Mapping[str, Any]) -> int | tuple[int, ...] | None:
+    value = table.get("eos_token_id")
+    if isinstance(value, list):
+        return tuple(_whole({"eos_token_id": each}, "eos_token_id") for each in value)
+    return _optional(table, "eos_token_id")
+
+
+def _low_rank(table: Mapping[str, Any], path: str, d_model: int) -> int:
+    if _given(table, path, "auto") == "auto":
+        return max(d_model // 64, 16)
+    return _size(table, path)
+
+
+def _width(width: float, path: str) -> int:
+    if not width < _MAX_SIZE:
+        raise RodimusError(f"config.json: {path} makes a layer {width:.3g} wide, which no array can be")
+    return align8(width)
+
+
+def _shown(value: Any) -> str:
+    text = "a number of thousands of digits" if isinstance(value, int) and abs(value) > 1e300 else repr(value)
+    return text if len(text) < 100 else f"{text[:100]}..."
 
 
 def _refuse(path: str, value: Any, supported: tuple[Any, ...]) -> None:
     if value not in supported:
-        raise RodimusError(f"config.json: {path} = {value!r} is not supported (supported: {supported[0]!r})")
+        raise RodimusError(f"config.json: {path} = {_shown(value)} is not supported (supported: {supported[0]!r})")
 
 
 def _check_options(table: str, given: Mapping[str, Any], known: set[str], only: Mapping[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """config.json of every format: what is read, what is written back, what is refused in one clear line."""
 
+import copy
 import json
+import math
 
 import pytest
 from helpers import GOLDEN_NAMES, config_dict
@@ -109,7 +111,7 @@ def test_official_window(window, keys):
     assert again(config) == config
 
 
-@pytest.mark.parametrize(("window", "keys"), [(9, 9), (2, 2), (1024, 1024), (None, None)])
+@pytest.mark.parametrize(("window", "keys"), [(9, 9), (2, 2), (1, 1), (1024, 1024), (None, None)])
 def test_fla_window_counts_keys(window, keys):
     config = RodimusConfig.from_dict(edited("plus_fla", "ska_attn.window_size", window))
     assert config.window_keys == keys
@@ -195,6 +197,53 @@ def test_refused_in_one_line(name, path, value, named):
     assert message.startswith("config.json: ")
     assert named in message
     assert "\n" not in message
+
+
+# What JSON can hold in place of any value; nan and inf are Python's own addition to it.
+LEAVES = [None, True, False, 0, 1, -1, 3, 2.5, -2.0, 1e300, math.nan, math.inf, 2**70, 10**400, "", "x", [], {}]
+LEAVES += [[1], ["a"], [None], {"a": 1}]
+
+
+def paths(table, *above):
+    """Every key of a config, and of its tables."""
+    for key, value in table.items():
+        yield (*above, key)
+        if isinstance(value, dict):
+            yield from paths(value, *above, key)
+
+
+def replaced(table, path, value):
+    """A copy with one value replaced."""
+    table = copy.deepcopy(table)
+    inner = table
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return table
+
+
+EVERY_KEY = {
+    "plus_bin": {
+        "ffn_padding": 0,
+        "eos_token_id": [1, 2],
+        "mixer_cfg": {"d_conv": 4},
+        "attn_cfg": {"rotary_emb_base": 10000.0},
+    },
+    "plus_fla": {"intermediate_size": 176, "hidden_ratio": 1.5, "conv_size": 4, "ska_attn": {"rope_theta": 10000.0}},
+}
+
+
+@pytest.mark.parametrize("name", EVERY_KEY)
+def test_any_value_in_any_place_is_read_or_refused_in_one_line(name):
+    config = config_dict(name, **EVERY_KEY[name])
+    for path in paths(config):
+        for value in LEAVES:
+            try:
+                read = RodimusConfig.from_dict(replaced(config, path, value))
+            except RodimusError as error:
+                assert "\n" not in str(error) and len(str(error)) < 400
+            else:
+                assert again(read) == read and isinstance(hash(read), int)
 
 
 @pytest.mark.parametrize("key", ["d_model", "n_layer", "vocab_size", "norm_epsilon"])

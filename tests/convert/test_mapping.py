@@ -157,7 +157,7 @@ def test_shape_that_is_not_the_configs(weights, config):
 
 CONTRADICTIONS = {
     "more layers": {"n_layer": 2},
-    "forged number of layers": {"n_layer": 10**12},
+    "forged number of layers": {"n_layer": 10**9},
     "no attention": {"block_type": "rodimus", "attn_cfg": {}},
     "wider": {"d_model": 16},
     "larger state": {"mixer_cfg": {**ARCHITECTURES["miniature"]["mixer_cfg"], "mem_size": 8}},
