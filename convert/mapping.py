@@ -47,7 +47,7 @@ _MIXER = {
     ),
     "mixer.ch_gate_0.weight": ([f"{_INNER}.ch_gate_proj.0.weight"], ["mixer.i_gate_proj.0.weight"]),
     "mixer.ch_gate_1.weight": ([f"{_INNER}.ch_gate_proj.1.weight"], ["mixer.i_gate_proj.1.weight"]),
-    "mixer.ch_gate_1.bias": ([f"{_INNER}.ch_gate_proj.1.bias"], ["mixer.i_gate_proj.1.bias"]),
+    "mixer.value_bias": ([f"{_INNER}.ch_gate_proj.1.bias"], ["mixer.i_gate_proj.1.bias"]),
     "mixer.residual_weight": ([f"{_INNER}.residual_weight"], ["mixer.residual_weight"]),
     "mixer.act_norm.weight": (["mixer.act_norm.weight"], ["mixer.activation_norm.weight"]),
     "mixer.out_proj.weight": (["mixer.out_proj.weight"], ["mixer.down_proj.weight"]),
@@ -66,7 +66,7 @@ _ATTENTION_AND_FFN = {
 # Buffers of the official cache that get into files saved after generating: dropped on purpose.
 _DROPPED = re.compile(r"\.(conv_state|ssm_state|key_cache|value_cache)_\d+$")
 # What mlx-lm's quantized layers keep beside a packed `weight`.
-_QUANTIZATION = ("scales", "biases", "global_scale")
+_QUANTIZATION = ("scales", "biases")
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,9 @@ def expected_shapes(config: RodimusConfig) -> dict[str, tuple[int, ...]]:
 
 
 def count_parameters(config: RodimusConfig) -> int:
-    """How many numbers the model learns; a tied embedding counts once."""
-    return sum(math.prod(shape) for shape in expected_shapes(config).values())
+    """How many numbers the model learns; a tied embedding counts once, an FFN's padding does not."""
+    zeros = 3 * config.n_layer * config.d_model * config.ffn_padding
+    return sum(math.prod(shape) for shape in expected_shapes(config).values()) - zeros
 
 
 def parts(config: RodimusConfig, format: str) -> dict[str, Part]:
@@ -236,7 +237,7 @@ def _rows(c: RodimusConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]
         "mixer.gate_bias": ((n, n), ()),
         "mixer.ch_gate_0.weight": ((r,), (D,)),
         "mixer.ch_gate_1.weight": ((D,), (r,)),
-        "mixer.ch_gate_1.bias": ((D,), ()),
+        "mixer.value_bias": ((D,), ()),
         "mixer.residual_weight": ((D,), ()),
         "mixer.act_norm.weight": ((D,), ()),
         "mixer.out_proj.weight": ((d,), (D,)),

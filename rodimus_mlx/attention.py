@@ -90,9 +90,12 @@ class SharedKeyAttention(nn.Module):
 
     def __call__(self, x: mx.array, masks: AttentionMasks | None = None, cache: Any = None) -> mx.array:
         """Attend over x [B, T, d] and what the cache holds, and move the cache on by T tokens."""
-        batch, length, _ = x.shape
+        return self.out_proj(self.attend(self.qkv_proj(x), masks, cache))
+
+    def attend(self, qkv: mx.array, masks: AttentionMasks | None = None, cache: Any = None) -> mx.array:
+        """The heads' outputs side by side, [B, T, d], from the projections q | k | v [B, T, (H + Hk + Hv) * head]."""
+        batch, length, _ = qkv.shape
         num_heads, num_k, num_v = self.heads
-        qkv = self.qkv_proj(x)
         split = (num_heads + num_k) * self.head_dim
         qk = qkv[..., :split].reshape(batch, length, num_heads + num_k, self.head_dim).swapaxes(1, 2)
         if self.rope_dims:
@@ -109,10 +112,10 @@ class SharedKeyAttention(nn.Module):
             starts = getattr(cache, "left_padding", None)  # the first real key of each row, in a batch
         k, v = self._heads(k, num_k), self._heads(v, num_v)  # [B, H, S, head]
         if length == 1 and cache is not None:
-            o = self._attend(q, k, v, None if masks is None else masks.single)
+            o = self._attention(q, k, v, None if masks is None else masks.single)
         else:
-            o = self._attend_banded(q, k, v, masks or AttentionMasks(), starts)
-        return self.out_proj(o.swapaxes(1, 2).reshape(batch, length, -1))
+            o = self._banded_attention(q, k, v, masks or AttentionMasks(), starts)
+        return o.swapaxes(1, 2).reshape(batch, length, -1)
 
     def _fold(self, x: mx.array) -> mx.array:
         """[B, heads, T, head] -> [B, 1, T, heads * head]."""
@@ -127,10 +130,10 @@ class SharedKeyAttention(nn.Module):
             return mx.broadcast_to(x, (batch, self.heads[0], length, self.head_dim))
         return x if heads == self.heads[0] else mx.tile(x, (1, self.heads[0] // heads, 1, 1))
 
-    def _attend(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) -> mx.array:
+    def _attention(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) -> mx.array:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
 
-    def _attend_banded(
+    def _banded_attention(
         self, q: mx.array, k: mx.array, v: mx.array, masks: AttentionMasks, starts: mx.array | None
     ) -> mx.array:
         """Causal attention of the last T of S tokens, block by block, so that no score lies far outside the window."""
@@ -142,7 +145,7 @@ class SharedKeyAttention(nn.Module):
             end = min(begin + QUERY_BLOCK, length)
             first, last = max(0, past + begin - window + 1), past + end  # the keys that the block's queries see
             mask = masks.block((begin, end), (first, last), window, past, starts, q.dtype)
-            outputs.append(self._attend(q[:, :, begin:end], k[:, :, first:last], v[:, :, first:last], mask))
+            outputs.append(self._attention(q[:, :, begin:end], k[:, :, first:last], v[:, :, first:last], mask))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 

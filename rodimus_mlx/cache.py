@@ -6,8 +6,10 @@ float32. An attention keeps the last W // 2 + 1 tokens in a `RotatingKVCache`, o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from .config import RodimusConfig
@@ -29,6 +31,22 @@ def _layer_cache(config: RodimusConfig) -> Any:
 def mixer_cache(layer: Any) -> Any:
     """The mixer's part of a layer's cache."""
     return layer[0] if isinstance(layer, CacheList) else layer
+
+
+def recall(layer: Any) -> tuple[mx.array | None, mx.array | None, mx.array | None]:
+    """What a layer's mixer goes on from: tail and state, None at the start, and lengths, None without right padding."""
+    if layer is None:
+        return None, None, None
+    cache = mixer_cache(layer)
+    return cache[0], cache[1], cache.lengths
+
+
+def remember(layer: Any, memory: Sequence[mx.array], length: int) -> None:
+    """Keep the mixer's next tail and state, and move its cache on by `length` tokens."""
+    if layer is not None:
+        cache = mixer_cache(layer)
+        cache[0], cache[1] = memory
+        cache.advance(length)
 
 
 def attention_cache(layer: Any) -> Any:

@@ -64,28 +64,29 @@ def norm(
 def conv_gate(
     xz: mx.array,
     u: mx.array,
+    value_bias: mx.array,
     tail: mx.array,
     weight: mx.array,
     bias: mx.array,
     marks: mx.array | None,
     differentiable: bool = True,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """c = silu(conv(x) + bias), v = sigmoid(u) * x, and the inputs that the next tokens' convolution needs.
+    """c = silu(conv(x) + bias), v = sigmoid(u + value_bias) * x, and the inputs that the next convolution needs.
 
     The convolution is causal, one filter a feature; no tap reaches beyond the start of a document, and padding is 0.
 
-    Shapes: xz [B, T, 2D], of which x is the first half; u [B, T, D]; tail [B, K - 1, D], the inputs before x;
-    weight [D, K], whose last tap meets the current token; bias [D].
+    Shapes: xz [B, T, 2D], of which x is the first half; u [B, T, D]; value_bias [D]; tail [B, K - 1, D], the inputs
+    before x; weight [D, K], whose last tap meets the current token; bias [D].
 
     Returns: c [B, T, D] in the type of x, v [B, T, D] in float32, and the next tail [B, K - 1, D].
     """
     backend = _backend(u)
     if backend is None:
-        return _conv_gate(xz, u, tail, weight, bias, marks)
+        return _conv_gate(xz, u, value_bias, tail, weight, bias, marks)
     if not differentiable:
-        return launchers.conv_gate(xz, u, tail, weight, bias, marks, backend)
+        return launchers.conv_gate(xz, u, value_bias, tail, weight, bias, marks, backend)
     kernel = partial(launchers.conv_gate, marks=marks, backend=backend)
-    return _with_gradient_of(partial(_conv_gate, marks=marks), kernel)(xz, u, tail, weight, bias)
+    return _with_gradient_of(partial(_conv_gate, marks=marks), kernel)(xz, u, value_bias, tail, weight, bias)
 
 
 def gate_norm(
@@ -149,7 +150,13 @@ def _norm(h: mx.array, weight: mx.array, delta: mx.array | None = None, *, eps: 
 
 
 def _conv_gate(
-    xz: mx.array, u: mx.array, tail: mx.array, weight: mx.array, bias: mx.array, marks: mx.array | None
+    xz: mx.array,
+    u: mx.array,
+    value_bias: mx.array,
+    tail: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    marks: mx.array | None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     x = xz[..., : u.shape[-1]]  # slices: mx.split under mx.compile breaks LoRA's gradient
     if marks is not None:
@@ -164,7 +171,7 @@ def _conv_gate(
             reach = reach & ~starts[:, taps - back : taps - back + length]
             shifted[taps - 1 - back] = mx.where(reach[..., None], shifted[taps - 1 - back], 0)
     c = _weighted_sum(shifted, [weight[:, i] for i in range(taps)], bias)
-    return c, _gated(u, x), inputs[:, length:]
+    return c, _gated(u, value_bias, x), inputs[:, length:]
 
 
 @partial(mx.compile, shapeless=True)
@@ -176,8 +183,8 @@ def _weighted_sum(shifted: list[mx.array], weights: list[mx.array], bias: mx.arr
 
 
 @partial(mx.compile, shapeless=True)
-def _gated(u: mx.array, x: mx.array) -> mx.array:
-    return mx.sigmoid(u.astype(mx.float32)) * x.astype(mx.float32)
+def _gated(u: mx.array, bias: mx.array, x: mx.array) -> mx.array:
+    return mx.sigmoid(u.astype(mx.float32) + bias.astype(mx.float32)) * x.astype(mx.float32)
 
 
 def _gate_norm(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import ArraysCache
 
 from .config import RodimusConfig
 from .layer_ops import PADDING, conv_gate
@@ -23,7 +22,7 @@ class CausalConv(nn.Module):
 class DDTSMixer(nn.Module):
     """h -> fc -> x, z; from x the convolved c and the gated value v; the recurrence; residual, gate, norm; out.
 
-    c = silu(conv(x))                                 v = sigmoid(ch_gate_1(ch_gate_0(x))) * x
+    c = silu(conv(x))                                 v = sigmoid(ch_gate_1(ch_gate_0(x)) + value_bias) * x
     q, k, g, t = qkgt_proj(c)                         o = recurrence(q, k, v) with the gates of g and t
     y = out_proj(rmsnorm((o + residual_weight * c) * silu(z)))
     """
@@ -37,20 +36,40 @@ class DDTSMixer(nn.Module):
         self.qkgt_proj = nn.Linear(inner, 4 * n, bias=False)
         self.gate_bias = mx.zeros((2 * n,))  # of g | t
         self.ch_gate_0 = nn.Linear(inner, config.input_gate_low_rank, bias=False)
-        self.ch_gate_1 = nn.Linear(config.input_gate_low_rank, inner)
+        self.ch_gate_1 = nn.Linear(config.input_gate_low_rank, inner, bias=False)
+        self.value_bias = mx.zeros((inner,))
         self.residual_weight = mx.zeros((inner,))
         self.act_norm = nn.RMSNorm(inner, eps=config.norm_epsilon)
         self.out_proj = nn.Linear(inner, d, bias=False)
 
-    def __call__(self, h: mx.array, marks: mx.array | None = None, cache: ArraysCache | None = None) -> mx.array:
-        """Mix h [B, T, d] over time; marks [B, T] as in layer_ops; the cache is moved on by T tokens."""
+    def __call__(
+        self,
+        h: mx.array,
+        tail: mx.array | None = None,
+        state: mx.array | None = None,
+        marks: mx.array | None = None,
+        lengths: mx.array | None = None,
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Mix h [B, T, d] over time.
+
+        Shapes:
+            tail: [B, taps - 1, D], the convolution's inputs before h, and state: [B, n, D] float32; None: zeros
+            marks: [B, T] as in layer_ops
+            lengths: [B], the real tokens of each row, where rows are padded on the right; None: all
+
+        Returns:
+            the mixed h [B, T, d], and the next tail and state.
+        """
         xz = self.fc(h)  # [B, T, 2D]
         x = _first_half(xz)
-        tail, state = (None, None) if cache is None else (cache[0], cache[1])
         if tail is None:
             tail = mx.zeros((x.shape[0], self.conv.weight.shape[1] - 1, x.shape[2]), x.dtype)
         u = self.ch_gate_1(self.ch_gate_0(x))
-        c, v, next_tail = conv_gate(xz, u, tail, self.conv.weight, self.conv.bias, marks, self.training)
+        c, v, next_tail = conv_gate(
+            xz, u, self.value_bias, tail, self.conv.weight, self.conv.bias, marks, self.training
+        )
+        if lengths is not None:
+            next_tail = _tail_at(lengths, tail, x, marks)
         y, state = mix(
             self.qkgt_proj(c),
             self.gate_bias,
@@ -65,12 +84,7 @@ class DDTSMixer(nn.Module):
             marks=marks,
             differentiable=self.training,
         )
-        if cache is not None:
-            if cache.lengths is not None:
-                next_tail = _tail_at(cache.lengths, tail, x, marks)
-            cache[0], cache[1] = next_tail, state
-            cache.advance(x.shape[1])
-        return self.out_proj(y)
+        return self.out_proj(y), next_tail, state
 
 
 def _first_half(xz: mx.array) -> mx.array:

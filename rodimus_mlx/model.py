@@ -12,7 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .attention import AttentionMasks, SharedKeyAttention, decode_mask
-from .cache import attention_cache, make_cache, mixer_cache
+from .cache import attention_cache, make_cache, mixer_cache, recall, remember
+from .compiled import CompiledParts
 from .config import RodimusConfig
 from .layer_ops import PADDING, START, TOKEN, add_norm, norm, swiglu
 from .mixer import DDTSMixer
@@ -35,20 +36,28 @@ class RodimusBlock(nn.Module):
     """h <- h + mixer(norm(h)).
 
     Blocks hand on the stream h and, apart, what is still to be added to it, so that each sum is made in one pass with
-    the norm behind it.
+    the norm behind it. Their parts are pure functions of arrays, compiled while decoding.
     """
 
     def __init__(self, config: RodimusConfig):
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
         self.mixer = DDTSMixer(config)
+        self.compiled = CompiledParts()
 
     def __call__(
         self, h: mx.array, delta: mx.array | None, masks: Masks, cache: Any = None
     ) -> tuple[mx.array, mx.array]:
         """h and delta [B, L, d] -> the same for the next block; moves the cache on."""
+        mix = self.compiled.part(self, self._mix, [self.mixer_norm, self.mixer], h.shape[1])
+        h, delta, *memory = mix(h, delta, *recall(cache), masks.marks)
+        remember(cache, memory, h.shape[1])
+        return h, delta
+
+    def _mix(self, h: mx.array, delta: mx.array | None, *memory_and_marks: mx.array | None) -> tuple[mx.array, ...]:
         h, x = add_norm(h, delta, self.mixer_norm.weight, self.mixer_norm.eps, self.training)
-        return h, self.mixer(x, masks.marks, mixer_cache(cache))
+        tail, state, lengths, marks = memory_and_marks
+        return h, *self.mixer(x, tail, state, marks, lengths)
 
 
 class RodimusPlusBlock(RodimusBlock):
@@ -68,10 +77,25 @@ class RodimusPlusBlock(RodimusBlock):
         self, h: mx.array, delta: mx.array | None, masks: Masks, cache: Any = None
     ) -> tuple[mx.array, mx.array]:
         """h and delta [B, L, d] -> the same for the next block; moves the cache on."""
-        h, delta = super().__call__(h, delta, masks, cache)
-        m, x = add_norm(h, delta, self.attn_norm.weight, self.attn_norm.eps, self.training)
-        a = self.attn(x, masks.attention, attention_cache(cache))
-        return m, self.ffn(norm(m, self.ffn_norm.weight, self.ffn_norm.eps, a, self.training))
+        length = h.shape[1]
+        modules = [self.mixer_norm, self.mixer, self.attn_norm, self.attn]
+        before = self.compiled.part(self, self._before_attention, modules, length)
+        m, qkv, *memory = before(h, delta, *recall(cache), masks.marks)
+        remember(cache, memory, length)
+        heads = self.attn.attend(qkv, masks.attention, attention_cache(cache))
+        after = self.compiled.part(self, self._after_attention, [self.attn, self.ffn_norm, self.ffn], length)
+        return m, after(m, heads)
+
+    def _before_attention(
+        self, h: mx.array, delta: mx.array | None, *memory_and_marks: mx.array | None
+    ) -> tuple[mx.array, ...]:
+        h, mixed, *memory = self._mix(h, delta, *memory_and_marks)
+        m, x = add_norm(h, mixed, self.attn_norm.weight, self.attn_norm.eps, self.training)
+        return m, self.attn.qkv_proj(x), *memory
+
+    def _after_attention(self, m: mx.array, heads: mx.array) -> mx.array:
+        a = self.attn.out_proj(heads)
+        return self.ffn(norm(m, self.ffn_norm.weight, self.ffn_norm.eps, a, self.training))
 
 
 class Masks:

@@ -177,9 +177,9 @@ def _with_kernels(norm_floor: float, marks: mx.array | None, backend: Backend) -
         return _out_of_chunks(o, v.shape[1]), after
 
     @function.vjp
-    def gradient(primals: tuple, cotangents: tuple, _: tuple) -> tuple[mx.array, ...]:
+    def gradient(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple[mx.array, ...]:
         qkgt, gate_bias, v, state = primals
-        a, q, k, total, values, before, _ = chunks(qkgt, gate_bias, v, state)
+        a, q, k, total, values, before, *_ = chunks(qkgt, gate_bias, v, state)
         d_o, d_after = _in_chunks(cotangents[0], a.shape[2]), cotangents[1]
         d_written, d_total, d_state = launchers.scan_backward(q.swapaxes(2, 3) @ d_o, before, total, d_after, backend)
         d_qkgt = launchers.prepare_backward(

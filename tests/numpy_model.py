@@ -46,7 +46,7 @@ def _mixer(h: np.ndarray, w: dict[str, np.ndarray], config: RodimusConfig) -> np
     temperature = _sigmoid(temperature + w["mixer.gate_bias"][n:])
     k = k / np.maximum(np.linalg.norm(k, axis=-1, keepdims=True), config.normalize_epsilon) * g**temperature
     low_rank = x @ w["mixer.ch_gate_0.weight"].T
-    v = _sigmoid(low_rank @ w["mixer.ch_gate_1.weight"].T + w["mixer.ch_gate_1.bias"]) * x
+    v = _sigmoid(low_rank @ w["mixer.ch_gate_1.weight"].T + w["mixer.value_bias"]) * x
     state, o = np.zeros((n, x.shape[1])), np.zeros_like(x)
     for t in range(len(x)):
         state = np.exp(-g[t] * temperature[t])[:, None] * state + np.outer(k[t], v[t])

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache
 
 from ..mixer import DDTSMixer
 
@@ -18,14 +17,14 @@ STATE, BIAS = "initial_state", "gate_bias"  # a mixer's learned parameters
 class StatefulMixer(DDTSMixer):
     """A mixer that starts from its parameter ``initial_state`` [n, D]."""
 
-    def __call__(self, x: mx.array, marks: mx.array | None = None, cache: ArraysCache | None = None) -> mx.array:
-        """As `DDTSMixer`; a cache without a state gets the learned one first."""
-        if cache is None:
-            cache = ArraysCache(2)
-        if cache[1] is None:
-            state = self[STATE].astype(mx.float32)
-            cache[1] = mx.broadcast_to(state, (x.shape[0], *state.shape))
-        return super().__call__(x, marks, cache)
+    def __call__(
+        self, h: mx.array, tail: mx.array | None = None, state: mx.array | None = None, *rest: mx.array | None
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """As `DDTSMixer`, where no state is given from the learned one."""
+        if state is None:
+            learned = self[STATE].astype(mx.float32)
+            state = mx.broadcast_to(learned, (h.shape[0], *learned.shape))
+        return super().__call__(h, tail, state, *rest)
 
 
 def add_initial_states(model: Any, num_layers: int) -> list[StatefulMixer]:

@@ -55,7 +55,7 @@ def _mixer(mixer: nn.Module, n: int, rescale: float) -> None:
     mixer.gate_bias = mx.concatenate([_selection_bias(n), _temperature_bias(n)])
     for gate in (mixer.ch_gate_0, mixer.ch_gate_1):
         gate.weight = _xavier(*gate.weight.shape)
-    mixer.ch_gate_1.bias = mx.zeros(features)
+    mixer.value_bias = mx.zeros(features)
     mixer.residual_weight = mx.ones(features)
 
 

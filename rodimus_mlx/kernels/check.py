@@ -142,7 +142,7 @@ def _cases(s: Sizes, dtype: mx.Dtype) -> Iterator[tuple[str, Callable[..., Any],
     marks = mx.random.randint(0, 3, (batch, tokens)).astype(mx.uint8)
     for kind, mark in (("", None), (" with marks", marks)):
         conv = partial(layer_ops.conv_gate, marks=mark)
-        inputs = (x(*double), x(*wide), x(batch, s.taps - 1, values), x(values, s.taps), x(values))
+        inputs = (x(*double), x(*wide), x(values), x(batch, s.taps - 1, values), x(values, s.taps), x(values))
         yield "conv_gate" + kind, conv, inputs
         few = min(tokens, 6)
         short = None if mark is None else mark[:, :few]

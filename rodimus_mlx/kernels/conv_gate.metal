@@ -1,6 +1,6 @@
-// c = silu(conv(x) + bias) and v = sigmoid(u) * x for a block of tokens, and the convolution's next tail.
+// c = silu(conv(x) + bias) and v = sigmoid(u + value_bias) * x for a block of tokens, and the convolution's next tail.
 //
-// Inputs   xz [B, T, 2D]: x | z     u [B, T, D]     tail [B, K - 1, D]: the inputs before x
+// Inputs   xz [B, T, 2D]: x | z     u [B, T, D]   value_bias [D]   tail [B, K - 1, D]: the inputs before x
 //          weight [D, K]   bias [D]   marks [B, T] uint8 (with MARKS): 0 padding, 1 token, 2 first of a document
 // Outputs  c [B, T, D] and next_tail [B, K - 1, D] of x's type   v [B, T, D] float
 // Template D: a multiple of 4   K: taps   BLOCK: tokens a thread   MARKS
@@ -25,7 +25,9 @@ if (d < uint(D)) {
   }
   float taps[4 * K];
   float shift[4];
+  float value_shift[4];
   load4(bias + d, shift);
+  load4(value_bias + d, value_shift);
   for (int i = 0; i < 4 * K; i++) {
     taps[i] = static_cast<float>(weight[d * K + i]);
   }
@@ -49,7 +51,7 @@ if (d < uint(D)) {
           sum[e] += (!MARKS || K - 1 - tap <= age) ? taps[e * K + tap] * window[4 * (i + tap) + e] : 0.0f;
         }
         sum[e] = silu(sum[e]);
-        gate[e] = sigmoid(gate[e]) * window[4 * (i + K - 1) + e];
+        gate[e] = sigmoid(gate[e] + value_shift[e]) * window[4 * (i + K - 1) + e];
       }
       store4(c + (row + t) * D + d, sum);
       store4(v + (row + t) * D + d, gate);

@@ -32,14 +32,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import mlx.core as mx
 
 Backend = Literal["metal", "cuda"]
 FOLDER = Path(__file__).parent
+LAUNCHES_KEPT = 256  # prepared launches a kernel, one for each set of sizes met
 
 # Written into the body, not the header, so that MLX sees the attributes.
 _PLACE = {
@@ -89,6 +90,7 @@ class Kernel:
         self.body = FOLDER / body
         self.helpers = [FOLDER / helper for helper in helpers]
         self.ensure_row_contiguous = ensure_row_contiguous
+        self._launches: dict[tuple, Callable[..., list[mx.array]]] = {}
 
     def __call__(
         self,
@@ -102,15 +104,29 @@ class Kernel:
         backend: Backend,
     ) -> list[mx.array]:
         """Launch ``groups`` threadgroups of ``threads`` threads each (a multiple of 32, at most 1024)."""
-        launch = self._metal if backend == "metal" else self._cuda
-        return launch(
-            inputs=inputs,
-            template=list(template.items()) if template else None,
-            grid=(groups[0] * threads, groups[1], groups[2]),
-            threadgroup=(threads, 1, 1),
-            output_shapes=output_shapes,
-            output_dtypes=output_dtypes,
-        )
+        key = (backend, groups, threads, *output_shapes, *output_dtypes, *(template or {}).values())
+        launch = self._launches.get(key)
+        if launch is None:
+            # MLX writes the kernel's text anew at each call; a compiled function keeps it, at a quarter of the time
+            launch = mx.compile(
+                partial(
+                    self._launch,
+                    build=self._metal if backend == "metal" else self._cuda,
+                    template=list(template.items()) if template else None,
+                    grid=(groups[0] * threads, groups[1], groups[2]),
+                    threadgroup=(threads, 1, 1),
+                    output_shapes=output_shapes,
+                    output_dtypes=output_dtypes,
+                )
+            )
+            if len(self._launches) >= LAUNCHES_KEPT:
+                self._launches.clear()
+            self._launches[key] = launch
+        return launch(*inputs)
+
+    @staticmethod
+    def _launch(*inputs: mx.array, build: Callable[..., list[mx.array]], **arguments: Any) -> list[mx.array]:
+        return build(inputs=list(inputs), **arguments)
 
     def text(self, backend: Backend) -> tuple[str, str]:
         """The header and the source that MLX is given."""

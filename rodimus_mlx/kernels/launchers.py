@@ -17,7 +17,7 @@ CONV_BLOCK = 8  # tokens a thread convolves, where there are that many
 _SHARED = ["gates.metal"]
 _conv_gate = Kernel(
     "rodimus_conv_gate",
-    inputs=["xz", "u", "tail", "weight", "bias", "marks"],
+    inputs=["xz", "u", "value_bias", "tail", "weight", "bias", "marks"],
     outputs=["c", "v", "next_tail"],
     body="conv_gate.metal",
     helpers=_SHARED,
@@ -87,19 +87,20 @@ def _row_threads(width: int) -> int:
 def conv_gate(
     xz: mx.array,
     u: mx.array,
+    value_bias: mx.array,
     tail: mx.array,
     weight: mx.array,
     bias: mx.array,
     marks: mx.array | None,
     backend: Backend,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """xz [B, T, 2D], u [B, T, D], tail [B, K-1, D], weight [D, K], bias [D] -> c, v (float32) [B, T, D], next tail."""
+    """xz [B, T, 2D], u [B, T, D], tail [B, K-1, D], weight [D, K], biases [D] -> c, float32 v, next tail."""
     batch, length, inner = u.shape
     taps = weight.shape[1]
     block = 1 if length < CONV_BLOCK else CONV_BLOCK
     threads = 128 if length >= CONV_BLOCK else 32
     c, v, next_tail = _conv_gate(
-        [xz, u, tail, weight, bias, no_marks() if marks is None else marks],
+        [xz, u, value_bias, tail, weight, bias, no_marks() if marks is None else marks],
         groups=(_ceil(inner // 4, threads), _ceil(length, block), batch),
         threads=threads,
         output_shapes=[u.shape, u.shape, tail.shape],
@@ -152,7 +153,7 @@ def chunk_sizes(length: int, n: int) -> tuple[int, int]:
 
     Larger chunks write and read fewer states between them, but their A costs more; twice the tile measured best.
     """
-    tile = min(64, 4096 // n // 8 * 8)
+    tile = min(64, 4096 // n // 16 * 16)
     return (tile if length <= tile else 2 * tile), tile
 
 
@@ -168,10 +169,11 @@ def prepare(
     n = width // 4
     chunk, tile = chunk_sizes(length, n)
     chunks = _ceil(length, chunk)
+    strip = min(tile, 32)
     a, q, k, total = _prepare(
         [qkgt, gate_bias, scalar(norm_floor), no_marks() if marks is None else marks],
-        groups=(chunks, batch, 1),
-        threads=4 * chunk,
+        groups=(chunk // strip, chunks, batch),
+        threads=4 * strip,
         output_shapes=[
             (batch, chunks, chunk, chunk),
             (batch, chunks, chunk, n),
@@ -179,7 +181,7 @@ def prepare(
             (batch, chunks, n),
         ],
         output_dtypes=[mx.float32] * 4,
-        template={"C": chunk, "TILE": tile, "N": n, "MARKS": marks is not None},
+        template={"C": chunk, "S": strip, "TILE": tile, "N": n, "MARKS": marks is not None},
         backend=backend,
     )
     return a, q, k, total
