@@ -72,7 +72,8 @@ def main() -> None:
     args = parser.parse_args()
     stdlib = args.stdlib or [Path(sysconfig.get_path("stdlib"))]
     wheels = args.wheels or args.out / "wheels"
-    wheels.mkdir(parents=True, exist_ok=True)
+    for folder in (args.out, wheels):
+        folder.mkdir(parents=True, exist_ok=True)
 
     packages, modules = [], list(standard_library(stdlib))
     packages.append({"package": "python", "version": "standard library", "licence": "PSF-2.0", "share": "train"})

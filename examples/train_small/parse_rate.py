@@ -113,7 +113,10 @@ def judge(header: str, body: str, ended: bool) -> dict[str, Any]:
             function = ast.parse(header + body).body[0]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return {"header": header, "body": body, "parses": False, "ended": ended, "does_something": False}
-    idle = all(isinstance(s, ast.Pass) or isinstance(getattr(s, "value", None), ast.Constant) for s in function.body)
+    idle = all(
+        isinstance(s, ast.Pass) or (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))
+        for s in function.body
+    )
     return {"header": header, "body": body, "parses": True, "ended": ended, "does_something": not idle}
 
 

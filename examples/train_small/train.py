@@ -43,8 +43,7 @@ def main() -> None:
     duration.add_argument("--steps", type=int)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=32, help="rows of --seq-len tokens")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"))
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -61,7 +60,6 @@ def main() -> None:
             seq_len=args.seq_len,
             batch_size=args.batch_size,
             iters=steps,
-            optimizer=args.optimizer,
             optimizer_config={"betas": [0.9, 0.95]},
             learning_rate=args.learning_rate,
             final_learning_rate=0.02 * args.learning_rate,

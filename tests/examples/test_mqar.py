@@ -1,0 +1,68 @@
+"""Multi-query associative recall: the task is what it says, and a model learns it."""
+
+import json
+import sys
+
+import mlx.core as mx
+import mqar
+import numpy as np
+import pytest
+
+PAIRS, LENGTH, VOCAB = 5, 32, 40
+
+
+@pytest.fixture
+def made():
+    return mqar.sequences(200, LENGTH, PAIRS, VOCAB, np.random.default_rng(0))
+
+
+def test_every_key_is_asked_once_and_answered_by_its_value(made):
+    for tokens, learn in zip(*made):
+        keys, values = tokens[: 2 * PAIRS : 2], tokens[1 : 2 * PAIRS : 2]
+        asked = np.flatnonzero(learn)
+        assert len(set(keys)) == PAIRS
+        assert keys.max() < VOCAB // 2 <= values.min()
+        assert sorted(tokens[asked]) == sorted(keys)
+        assert [dict(zip(keys, values))[key] for key in tokens[asked]] == tokens[asked + 1].tolist()
+        assert asked.min() >= 2 * PAIRS
+
+
+def test_early_places_are_asked_more_often(made):
+    places = np.flatnonzero(made[1].sum(axis=0))
+    counts = made[1].sum(axis=0)[places]
+    assert counts[0] > 2 * counts[-1]
+
+
+def test_all_places_are_asked_where_there_are_no_more(made):
+    tokens, learn = mqar.sequences(3, 4 * PAIRS, PAIRS, VOCAB, np.random.default_rng(0))
+    assert tokens.shape == (3, 4 * PAIRS + 1)
+    assert (learn.sum(axis=1) == PAIRS).all()
+
+
+def test_too_many_pairs_are_refused():
+    with pytest.raises(SystemExit, match="Error: 9 pairs"):
+        mqar.sequences(1, 32, 9, VOCAB, np.random.default_rng(0))
+
+
+def test_a_perfect_and_a_blind_model_are_told_apart(made):
+    answers = {row[:-1].tobytes(): row[1:] for row in made[0]}
+
+    def perfect(tokens):
+        return mx.array(np.eye(VOCAB)[[answers[np.array(row).tobytes()] for row in tokens]])
+
+    def blind(tokens):
+        return mx.zeros((*tokens.shape, VOCAB))
+
+    assert mqar.accuracy(perfect, made) == 1
+    assert mqar.accuracy(blind, made) == 0
+
+
+def test_the_command_trains_and_prints_a_table(monkeypatch, capsys):
+    sizes = "--length 16 --pairs 2 --vocab-size 16 --d-model 32 --window 8 --mem-size 8 --samples 800"
+    training = "--steps 4 --batch-size 16 --seeds 2"
+    monkeypatch.setattr(sys, "argv", ["mqar.py", *sizes.split(), *training.split()])
+    mqar.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["block"] for line in lines[:4]] == ["rodimus", "rodimus_plus"] * 2
+    assert lines[4] == "| MQAR | n = 8 |"
+    assert " to " in lines[6]
