@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,14 @@ from rodimus_mlx.config import RodimusConfig
 from rodimus_mlx.errors import RodimusError
 
 from .checkpoint import Checkpoint, open_checkpoint, read_json
+from .fla import fla_config
 from .folder import new_folder, refuse_occupied
 from .mapping import count_parameters
-from .model_card import model_card, origin
-from .weights import FLOAT_DTYPES, WeightPlan, plan_weights
+from .model_card import CARD_NAME, Facts, export_card, model_card, origin
+from .outputs import Prepared, Wish, prepare
+from .schemes import Scheme
+from .streams import Output
+from .weights import FLOAT_DTYPES
 from .writer import Spec, sharded_writer, write_json
 
 SHIM_NAME = "rodimus.py"
@@ -33,8 +37,11 @@ _TOKENIZER_FILES = (
     *_TEMPLATE_FILES,
 )
 _SETTINGS, _GENERATION = "tokenizer_config.json", "generation_config.json"
-_KEPT_OPTIONS = ("pad_token_id", "quantization", "quantization_config")  # config.json's, beyond RodimusConfig
+_KEPT_OPTIONS = ("pad_token_id",)  # config.json's, beyond RodimusConfig
 _SMALL_FILES = 1 << 20  # bytes allowed for what is not weights or tokenizer when asking for disk space
+
+
+Progress = Callable[[int, int], None]  # called with (bytes written, bytes to write) after every block
 
 
 @dataclass(frozen=True)
@@ -44,14 +51,28 @@ class Summary:
     out: Path
     format: str  # of the source: "official", "fla" or "ours"
     parameters: int
-    dtype: str
+    dtype: str  # of what is not quantized
     weight_bytes: int
     files: tuple[str, ...]
     has_tokenizer: bool
+    quantization: dict[str, Any] | None  # config.json's table
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits in the file for each of the model's parameters."""
+        return 8 * self.weight_bytes / self.parameters
 
 
 def convert(
-    src: str | Path, out: str | Path, dtype: str | None = None, progress: Callable[[int, int], None] | None = None
+    src: str | Path,
+    out: str | Path,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+    *,
+    scheme: Scheme | None = None,
+    recipe: str = "default",
+    dequantize: bool = False,
+    to: str = "ours",
 ) -> Summary:
     """Convert an official, fla or converted checkpoint folder into ``out``.
 
@@ -60,57 +81,86 @@ def convert(
     Args:
         src: the checkpoint folder.
         out: a folder that does not exist yet, or is empty; not inside ``src``.
-        dtype: "float32", "bfloat16" or "float16"; None keeps the source's.
-        progress: called with (bytes written, bytes to write) after every block.
+        dtype: "float32", "bfloat16" or "float16"; None keeps the source's, but takes bfloat16 for float32 where
+            weights are quantized.
+        scheme: quantize the large matrices so; ``recipe``, one of `schemes.RECIPES`, says which.
+        dequantize: write a quantized source's weights in full.
+        to: the format to write: "ours", or "official" or "fla" for PyTorch, the exact inverse of converting from it.
 
     Raises:
-        RodimusError: the source is not a sound checkpoint, ``out`` is taken, or the disk is full.
+        RodimusError: the source is not a sound checkpoint, ``out`` is taken, the disk is full, or the choices do not
+            go together.
+    """
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise RodimusError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}, not {dtype!r}")
+    refuse_bad_place(src, out)
+    checkpoint = open_checkpoint(src)
+    prepared = prepare(checkpoint, Wish(dtype, scheme, recipe, dequantize, to))
+    return write_checkpoint(checkpoint, prepared, Path(out), progress, to)
+
+
+def refuse_bad_place(src: str | Path, out: str | Path) -> None:
+    """Refuse an ``out`` that is taken or inside the source.
+
+    Raises:
+        RodimusError: so it is.
+    """
+    refuse_occupied(Path(out))
+    if Path(out).resolve().is_relative_to(Path(src).resolve()):
+        raise RodimusError(f"{out} lies inside the source {src}; choose a folder outside it")
+
+
+def write_checkpoint(
+    checkpoint: Checkpoint,
+    prepared: Prepared,
+    out: Path,
+    progress: Progress | None = None,
+    to: str = "ours",
+    history: str | None = None,
+) -> Summary:
+    """Write a folder with the prepared weights and everything else that the source has for them.
+
+    Args:
+        history: a sentence for README.md on how the weights were made, in place of what ``prepared`` tells.
+
+    Raises:
+        RodimusError: ``out`` is taken, the tokenizer is damaged, or the disk is full.
     """
     from rodimus_mlx.tokenizer import is_chat_model, load_tokenizer
 
-    src, out = Path(src), Path(out)
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise RodimusError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}, not {dtype!r}")
-    refuse_occupied(out)
-    if out.resolve().is_relative_to(src.resolve()):
-        raise RodimusError(f"{out} lies inside the source {src}; choose a folder outside it")
-    checkpoint = open_checkpoint(src)
-    if dtype is not None and "quantization" in checkpoint.config:
-        raise RodimusError(f"{src} is quantized: its dtype cannot be changed")
-    config = RodimusConfig.from_dict(checkpoint.config)
-    plan = plan_weights(checkpoint, config, FLOAT_DTYPES[dtype] if dtype else None)
-    specs = {weight.name: Spec(weight.dtype, weight.shape) for weight in plan.weights}
-    weight_bytes = sum(spec.nbytes for spec in specs.values())
+    src, config = checkpoint.folder, prepared.config
+    config_json = _config(checkpoint, prepared, to)
     source = origin(src)
     tokenizer = load_tokenizer(src, source.name)  # before the long part: a damaged one ends it here
-    dtype = _dtype_name(plan)
     copied = sum((src / name).stat().st_size for name in _TOKENIZER_FILES if (src / name).is_file())
+    specs = prepared.specs
+    weight_bytes = sum(spec.nbytes for spec in specs.values())
+    parameters = count_parameters(config)
     with new_folder(out, weight_bytes + copied + _SMALL_FILES) as folder:
-        files = _write_weights(folder, plan, specs, weight_bytes, progress)
+        files = _write_weights(folder, prepared.outputs, specs, progress, "mlx" if to == "ours" else "pt")
         if tokenizer is not None:
             _write_tokenizer(folder, src, is_chat_model(tokenizer))
         _copy_licenses(folder, src)
-        write_json(folder / "config.json", _config(checkpoint, plan.config, dtype))
-        _write_generation_config(folder, src, plan.config, sorted(tokenizer.eos_token_ids) if tokenizer else [])
-        (folder / SHIM_NAME).write_text(_SHIM)
-        card = model_card(plan.config, source, out.absolute().name, dtype, plan.format)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    parameters = count_parameters(plan.config)
-    return Summary(out, plan.format, parameters, dtype, weight_bytes, files, tokenizer is not None)
+        write_json(folder / "config.json", config_json)
+        _write_generation_config(folder, src, config, sorted(tokenizer.eos_token_ids) if tokenizer else [])
+        if to == "ours":
+            (folder / SHIM_NAME).write_text(_SHIM)
+        facts = Facts(source, config, prepared.format, prepared.dtype, prepared.quantization, history)
+        name, bits = out.absolute().name, 8 * weight_bytes / parameters
+        card = model_card(facts, name, bits) if to == "ours" else export_card(facts, to)
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+    has_tokenizer, table = tokenizer is not None, prepared.quantization
+    return Summary(out, prepared.format, parameters, prepared.dtype, weight_bytes, files, has_tokenizer, table)
 
 
 def _write_weights(
-    folder: Path,
-    plan: WeightPlan,
-    specs: dict[str, Spec],
-    total: int,
-    progress: Callable[[int, int], None] | None,
+    folder: Path, outputs: Sequence[Output], specs: dict[str, Spec], progress: Progress | None, made_for: str
 ) -> tuple[str, ...]:
-    done = 0
-    with sharded_writer(folder, specs) as writer:
-        for weight in plan.weights:
-            for block in weight.blocks():
-                writer.write(weight.name, block)
+    done, total = 0, sum(spec.nbytes for spec in specs.values())
+    with sharded_writer(folder, specs, made_for=made_for) as writer:
+        for output in outputs:
+            for name, block in output.rows():
+                writer.write(name, block)
                 done += block.nbytes
                 if progress is not None:
                     progress(done, total)
@@ -118,9 +168,14 @@ def _write_weights(
     return tuple(writer.files)
 
 
-def _config(checkpoint: Checkpoint, config: RodimusConfig, dtype: str) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, prepared: Prepared, to: str) -> dict[str, Any]:
     kept = {key: checkpoint.config[key] for key in _KEPT_OPTIONS if checkpoint.config.get(key) is not None}
-    return {**config.to_dict(), **kept, "torch_dtype": dtype, "model_file": SHIM_NAME}
+    kept["torch_dtype"] = prepared.dtype
+    if to != "ours":
+        return {**(prepared.config.to_dict() if to == "official" else fla_config(prepared.config)), **kept}
+    if prepared.quantization is not None:  # twice, as mlx-lm writes it: the hub shows the second
+        kept |= dict.fromkeys(("quantization", "quantization_config"), prepared.quantization)
+    return {**prepared.config.to_dict(), **kept, "model_file": SHIM_NAME}
 
 
 def _write_tokenizer(folder: Path, src: Path, is_chat: bool) -> None:
@@ -158,9 +213,3 @@ def _write_generation_config(folder: Path, src: Path, config: RodimusConfig, end
 def _copy(path: Path, folder: Path) -> None:
     if path.is_file():
         shutil.copyfile(path, folder / path.name)
-
-
-def _dtype_name(plan: WeightPlan) -> str:
-    """The widest floating dtype among the weights: what config.json states."""
-    found = {weight.dtype for weight in plan.weights}
-    return next((name for name, dtype in FLOAT_DTYPES.items() if dtype in found), "float32")

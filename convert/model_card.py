@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rodimus_mlx.config import RodimusConfig
 from rodimus_mlx.version import __version__
 
 from .mapping import count_parameters
 
+CARD_NAME = "README.md"
 _HUB_FOLDER = re.compile(r"^models--(.+?)--(.+)$")
 
 
@@ -21,6 +24,18 @@ class Origin:
     name: str
     base_model: str | None
     license: str | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card tells."""
+
+    source: Origin
+    config: RodimusConfig
+    format: str  # of the source
+    dtype: str
+    quantization: dict[str, Any] | None
+    history: str | None = None  # how the weights were made, where it was more than converting
 
 
 def origin(source: Path) -> Origin:
@@ -34,25 +49,20 @@ def origin(source: Path) -> Origin:
     return Origin(source.name, fields.get("base_model"), fields.get("license"))
 
 
-def model_card(config: RodimusConfig, source: Origin, folder_name: str, dtype: str, format: str) -> str:
-    """The text of README.md for weights converted from ``source``, to be run as ``folder_name``."""
-    fields = ["library_name: mlx", "pipeline_tag: text-generation"]
-    fields += [f"license: {source.license}"] if source.license else []
-    fields += [f"base_model: {source.base_model}"] if source.base_model else []
-    kind = "Rodimus+" if config.has_attention else "Rodimus"
+def model_card(facts: Facts, folder_name: str, bits_per_weight: float) -> str:
+    """The text of README.md for weights converted for MLX, to be run as ``folder_name``."""
     return f"""\
 ---
-{chr(10).join(fields)}
+{_fields(facts, "library_name: mlx", "pipeline_tag: text-generation")}
 tags:
 - mlx
 - rodimus
 ---
 
-# {source.name} for MLX
+# {facts.source.name} for MLX
 
-A {kind} language model ({count_parameters(config):,} parameters, {config.n_layer} layers), converted to MLX from
-{source.base_model or source.name} by rodimus-mlx {__version__}. The weights are the original ones, renamed from the
-{format} format and stored as {dtype}; nothing was trained or quantized.
+{_kind(facts)}, converted to MLX from {facts.source.base_model or facts.source.name} by rodimus-mlx {__version__}.
+{_weights(facts, bits_per_weight)}
 
 ## Run it
 
@@ -75,6 +85,63 @@ import rodimus_mlx
 model, tokenizer = rodimus_mlx.load("{folder_name}")
 ```
 """
+
+
+def export_card(facts: Facts, to: str) -> str:
+    """The text of README.md for weights in another library's format."""
+    code = "the official PyTorch code" if to == "official" else "flash-linear-attention"
+    return f"""\
+---
+{_fields(facts, "pipeline_tag: text-generation")}
+tags:
+- rodimus
+---
+
+# {facts.source.name}
+
+{_kind(facts)}, in the format that {code} reads, stored as {facts.dtype}; written by rodimus-mlx {__version__}.
+"""
+
+
+def add_section(folder: Path, title: str, text: str) -> None:
+    """Put a section at the end of a folder's README.md, in place of one of the same title."""
+    file = folder / CARD_NAME
+    before = file.read_text(encoding="utf-8").split(f"\n## {title}\n")[0].rstrip()
+    partial = file.with_name(f".{CARD_NAME}.partial")
+    partial.write_text(f"{before}\n\n## {title}\n\n{text.strip()}\n", encoding="utf-8")
+    os.replace(partial, file)
+
+
+def _fields(facts: Facts, *fields: str) -> str:
+    lines = [*fields]
+    lines += [f"license: {facts.source.license}"] if facts.source.license else []
+    lines += [f"base_model: {facts.source.base_model}"] if facts.source.base_model else []
+    if facts.source.base_model and facts.quantization is not None:
+        lines.append("base_model_relation: quantized")
+    return "\n".join(lines)
+
+
+def _kind(facts: Facts) -> str:
+    kind = "Rodimus+" if facts.config.has_attention else "Rodimus"
+    return f"A {kind} language model ({count_parameters(facts.config):,} parameters, {facts.config.n_layer} layers)"
+
+
+def _weights(facts: Facts, bits_per_weight: float) -> str:
+    if facts.history is not None:
+        return facts.history
+    if facts.quantization is None:
+        return (
+            f"The weights are the original ones, renamed from the {facts.format} format and stored as {facts.dtype}; "
+            "nothing was trained or quantized."
+        )
+    table = facts.quantization
+    base = f"{table['bits']} bit {table.get('mode', 'affine')} in groups of {table['group_size']}"
+    own = sorted({entry["bits"] for entry in table.values() if isinstance(entry, dict)})
+    more = f", some at {', '.join(map(str, own))} bit" if own and own != [table["bits"]] else ""
+    return (
+        f"The large matrices are quantized ({base}{more}); the rest is {facts.dtype}: "
+        f"{bits_per_weight:.2f} bits per weight in all. Nothing was trained."
+    )
 
 
 def _front_matter(folder: Path) -> dict[str, str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -13,7 +14,8 @@ from rodimus_mlx.errors import RodimusError, RodimusWarning
 
 from .checkpoint import Checkpoint
 from .mapping import EMBEDDING, HEAD, check, detect_format, expected_shapes, settle_head, wanted_names
-from .tensors import BLOCK_BYTES, LazyTensor
+from .schemes import Scheme, read_table
+from .tensors import BLOCK_BYTES, LazyTensor, rows_per_block
 
 FLOAT_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -45,17 +47,54 @@ class Weight:
         mx.eval(result)
         return result
 
+    def rows(self, start: int, stop: int) -> mx.array:
+        """Some rows of a parameter that is one tensor."""
+        return self.parts[0].read(start, stop)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A quantized parameter, to be read dequantized."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    scheme: Scheme
+    packed: LazyTensor
+    scales: LazyTensor
+    biases: LazyTensor | None
+
+    def blocks(self, max_bytes: int = BLOCK_BYTES) -> Iterator[mx.array]:
+        """The rows in order, in pieces of about ``max_bytes``."""
+        count = rows_per_block(self.shape, self.dtype.size, max_bytes)
+        for start in range(0, self.shape[0], count):
+            yield self.rows(start, start + count)
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        """Some rows."""
+        return mx.dequantize(
+            self.packed.read(start, stop),
+            self.scales.read(start, stop),
+            None if self.biases is None else self.biases.read(start, stop),
+            group_size=self.scheme.group_size,
+            bits=self.scheme.bits,
+            mode=self.scheme.mode,
+            dtype=self.dtype,
+        )
+
 
 @dataclass(frozen=True)
 class WeightPlan:
     """What a checkpoint's weights are: checked against its config, nothing read yet.
 
-    ``config`` is the one to build the model from: untied where the weights are.
+    ``config`` is the one to build the model from: untied where the weights are. ``schemes`` has the modules that are
+    quantized; each one's packed matrix, scales and biases are weights of their own.
     """
 
     config: RodimusConfig
     format: str
     weights: tuple[Weight, ...]
+    schemes: Mapping[str, Scheme]
 
 
 def plan_weights(checkpoint: Checkpoint, config: RodimusConfig, dtype: mx.Dtype | None = None) -> WeightPlan:
@@ -66,7 +105,7 @@ def plan_weights(checkpoint: Checkpoint, config: RodimusConfig, dtype: mx.Dtype 
 
     Raises:
         RodimusError: missing or unknown tensors (listed), a shape that is not the config's, weights that are not
-            floating point.
+            floating point, or quantized otherwise than config.json says.
     """
     tensors, where = checkpoint.tensors, str(checkpoint.folder)
     names = wanted_names(tensors)
@@ -74,17 +113,47 @@ def plan_weights(checkpoint: Checkpoint, config: RodimusConfig, dtype: mx.Dtype 
     format = detect_format(names, config, where)
     sources = check({name: tensors[name].shape for name in names}, config, format, where)
     shapes = expected_shapes(config)
-    packed = {name.removesuffix(".scales") for name in sources if name.endswith(".scales")}
+    paths = [name.removesuffix(".scales") for name in sources if name.endswith(".scales")]
+    schemes = read_table(checkpoint.config, paths, where)
+    for path, scheme in schemes.items():
+        _check_packed(tensors, path, shapes[f"{path}.weight"], scheme, where)
     weights = []
     for ours, found in sources.items():
         parts = tuple(tensors[name] for name in found)
-        quantized = ours.rsplit(".", 1)[0] in packed
+        quantized = ours.rsplit(".", 1)[0] in schemes and not ours.endswith(".bias")
         for name, part in zip(found, parts):
             if not quantized and part.dtype not in FLOAT_DTYPES.values():
                 raise RodimusError(f"{where}: {name} has dtype {part.stored}; weights must be floating point")
         shape = parts[0].shape if quantized else shapes[ours]
-        weights.append(Weight(ours, shape, _target(parts, dtype), parts))
-    return WeightPlan(config, format, tuple(weights))
+        weights.append(Weight(ours, shape, parts[0].dtype if quantized else _target(parts, dtype), parts))
+    return WeightPlan(config, format, tuple(weights), schemes)
+
+
+def dequantized(plan: WeightPlan, dtype: mx.Dtype | None = None) -> tuple[Weight | PackedWeight, ...]:
+    """The plan's weights with those that are quantized in full: exactly what MLX computes with.
+
+    Args:
+        dtype: of the result; None for the widest that the checkpoint has.
+    """
+    dtype = dtype or widest(plan.weights)
+    tensors = {weight.name: weight.parts[0] for weight in plan.weights}
+    shapes = expected_shapes(plan.config)
+    result: list[Weight | PackedWeight] = []
+    for weight in plan.weights:
+        path, last = weight.name.rsplit(".", 1)
+        if path not in plan.schemes or last == "bias":
+            result.append(weight if weight.dtype == dtype else Weight(weight.name, weight.shape, dtype, weight.parts))
+        elif last == "weight":
+            scales, biases = tensors[f"{path}.scales"], tensors.get(f"{path}.biases")
+            shape, packed = shapes[weight.name], tensors[weight.name]
+            result.append(PackedWeight(weight.name, shape, dtype, plan.schemes[path], packed, scales, biases))
+    return tuple(result)
+
+
+def widest(weights: tuple[Weight, ...]) -> mx.Dtype:
+    """The widest floating dtype among weights."""
+    found = {weight.dtype for weight in weights}
+    return next((dtype for dtype in FLOAT_DTYPES.values() if dtype in found), mx.float32)
 
 
 def read_weights(
@@ -101,17 +170,36 @@ def read_weights(
     return ((weight.name, weight.read()) for weight in plan.weights)
 
 
+def _check_packed(
+    tensors: Mapping[str, LazyTensor], path: str, shape: tuple[int, ...], scheme: Scheme, where: str
+) -> None:
+    packed, scales = tensors[f"{path}.weight"], tensors[f"{path}.scales"]
+    biases = tensors.get(f"{path}.biases")
+    count, columns = math.prod(shape[:-1]), shape[-1]
+    words, groups = scheme.columns(columns)
+    affine = scheme.mode == "affine"
+    fits = columns % scheme.group_size == 0 and (packed.shape, scales.shape) == ((count, words), (count, groups))
+    fits = fits and packed.stored == "uint32" and (scales.dtype in FLOAT_DTYPES.values()) == affine
+    fits = fits and (scales.stored == "uint8" or affine) and (biases is not None) == affine
+    if biases is not None:
+        fits = fits and (biases.shape, biases.stored) == (scales.shape, scales.stored)
+    if not fits:
+        raise RodimusError(
+            f"{where}: config.json's quantization does not fit the weights: {path} does not have {scheme}"
+        )
+
+
 def _target(parts: tuple[LazyTensor, ...], dtype: mx.Dtype | None) -> mx.Dtype:
-    found = {part.dtype for part in parts}
-    if not all(mx.issubdtype(each, mx.floating) for each in found):
-        return parts[0].dtype  # packed quantized weights
     if dtype is not None:
         return dtype
-    return parts[0].dtype if len(found) == 1 else mx.float32
+    return parts[0].dtype if len({part.dtype for part in parts}) == 1 else mx.float32
 
 
 def _is_finite(block: mx.array) -> bool:
-    return not mx.issubdtype(block.dtype, mx.floating) or bool(mx.all(mx.isfinite(block)))
+    if not mx.issubdtype(block.dtype, mx.floating):
+        return True
+    # A sum is several times faster than a look at each number, and finite only where all are; it may also overflow.
+    return bool(mx.isfinite(block.sum())) or bool(mx.all(mx.isfinite(block)))
 
 
 def _same_bits(a: LazyTensor, b: LazyTensor | None) -> bool:

@@ -35,8 +35,11 @@ class Spec(NamedTuple):
 class ShardedWriter:
     """Writes tensors, in rows and in any order, into one or several safetensors files and their index."""
 
-    def __init__(self, folder: Path, specs: Mapping[str, Spec], shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self, folder: Path, specs: Mapping[str, Spec], shard_bytes: int = SHARD_BYTES, made_for: str = "mlx"
+    ) -> None:
         self.folder, self.specs = folder, specs
+        self._metadata = {"format": made_for}  # which library's tensors they are: transformers asks for it
         shards = list(_shards(specs, shard_bytes))
         self.files = [
             "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
@@ -78,7 +81,7 @@ class ShardedWriter:
     def _start(self, file: str, names: list[str]) -> None:
         descriptor = os.open(self.folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._descriptors.append(descriptor)
-        header: dict[str, object] = {"__metadata__": {"format": "mlx"}}
+        header: dict[str, object] = {"__metadata__": self._metadata}
         ends, end = {}, 0
         for name in sorted(names, key=lambda name: -self.specs[name].dtype.size):  # wide numbers first: all aligned
             spec = self.specs[name]
@@ -96,9 +99,11 @@ class ShardedWriter:
 
 
 @contextmanager
-def sharded_writer(folder: Path, specs: Mapping[str, Spec], shard_bytes: int = SHARD_BYTES) -> Iterator[ShardedWriter]:
+def sharded_writer(
+    folder: Path, specs: Mapping[str, Spec], shard_bytes: int = SHARD_BYTES, made_for: str = "mlx"
+) -> Iterator[ShardedWriter]:
     """A `ShardedWriter`, finished at the end of the block and closed whatever happens."""
-    writer = ShardedWriter(folder, specs, shard_bytes)
+    writer = ShardedWriter(folder, specs, shard_bytes, made_for)
     try:
         yield writer
         writer.finish()

@@ -14,10 +14,10 @@ from mlx_lm.utils import load_model
 from rodimus_mlx.convert import folder as folder_module
 from rodimus_mlx.convert.checkpoint import open_checkpoint
 from rodimus_mlx.convert.convert import convert
-from rodimus_mlx.convert.mapping import map_weights
+from rodimus_mlx.convert.schemes import make_scheme
 from rodimus_mlx.convert.weights import read_weights
 from rodimus_mlx.convert.writer import Spec, sharded_writer
-from synthetic import ARCHITECTURES, from_arrays, write_checkpoint
+from synthetic import ARCHITECTURES, from_arrays, random_tensors, write_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from rodimus_mlx.config import RodimusConfig
@@ -99,22 +99,16 @@ def test_converting_again_changes_no_weight(source, out):
     assert (out / "config.json").read_bytes() == (out.with_name("again") / "config.json").read_bytes()
 
 
-def test_quantized_weights_are_kept(source, out, arrays):
-    config = RodimusConfig.from_dict(CONFIG)
-    ours = map_weights({name: mx.array(array) for name, array in arrays.items()}, config)
-    name = "model.layers.0.mixer.ch_gate_1"
-    packed, scales, biases = mx.quantize(mx.random.normal((16, 32)), group_size=32, bits=4)
-    ours |= {f"{name}.weight": packed, f"{name}.scales": scales, f"{name}.biases": biases}
-    (source / "pytorch_model.bin").unlink()
-    mx.save_safetensors(str(source / "model.safetensors"), ours)
-    quantization = {"group_size": 32, "bits": 4}
-    (source / "config.json").write_text(json.dumps({**CONFIG, "quantization": quantization}))
+def test_quantized_weights_are_kept(source, out):
+    config = {**CONFIG, "d_model": 32}
+    write_checkpoint(source, config, random_tensors(config, "float32"), "bin")
+    convert(source, out, scheme=make_scheme(3, 32))
     with pytest.raises(RodimusError, match="is quantized"):
-        convert(source, out, "float16")
-    convert(source, out)
-    checkpoint = open_checkpoint(out)
-    assert checkpoint.config["quantization"] == quantization
-    assert all(mx.array_equal(checkpoint.tensors[key].read(), array) for key, array in ours.items())
+        convert(out, out.with_name("again"), "float16")
+    convert(out, out.with_name("again"))
+    before, after = (open_checkpoint(folder) for folder in (out, out.with_name("again")))
+    assert before.config == after.config and before.tensors.keys() == after.tensors.keys()
+    assert all(mx.array_equal(after.tensors[name].read(), tensor.read()) for name, tensor in before.tensors.items())
 
 
 def test_tokenizer(source, out):
