@@ -90,7 +90,7 @@ def random_model(config: RodimusConfig, seed: int = 0) -> Model:
         values = rng.standard_normal(old.shape)
         if name.endswith("norm.weight") or name.endswith("norm_f.weight"):
             values = 1 + 0.2 * values
-        elif len(old.shape) == 2 and not name.endswith(("conv.weight", "embeddings.weight")):
+        elif len(old.shape) == 2 and not name.endswith("conv.weight"):
             values = values * 1.5 * old.shape[1] ** -0.5
         return mx.array(values.astype(np.float32))
 

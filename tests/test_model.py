@@ -44,10 +44,10 @@ def test_long_prompt(window):
     model = random_model(tiny_config(n_layer=1, attn_cfg={"window_size": window, "num_heads": 3}))
     tokens = random_tokens(model, 1, QUERY_BLOCK + 131)
     expected = numpy_logits(model, tokens)
-    assert worst_position(model(tokens), expected) <= LOGITS
+    assert relative_error(model(tokens), expected) <= LOGITS
     cache = model.make_cache()
     pieces = [model(tokens[:, :77], cache=cache), model(tokens[:, 77:], cache=cache)]
-    assert worst_position(mx.concatenate(pieces, axis=1), expected) <= LOGITS
+    assert relative_error(mx.concatenate(pieces, axis=1), expected) <= LOGITS
 
 
 @pytest.mark.parametrize("residual_in_fp32", [True, False])
