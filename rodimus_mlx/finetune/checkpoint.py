@@ -69,11 +69,11 @@ def latest(out: Path) -> Path | None:
     return next(reversed(_complete(out)), None)
 
 
-def load(folder: Path, optimizer: Any) -> State:
+def load(folder: Path, like: State) -> State:
     """Read a checkpoint.
 
     Args:
-        optimizer: an optimizer's state of the run's kind, whose structure the saved one must have.
+        like: the run at its start, whose names and structure the saved one must have.
 
     Raises:
         RodimusError: it is damaged, or of another kind of run.
@@ -81,14 +81,14 @@ def load(folder: Path, optimizer: Any) -> State:
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         arrays = read(folder / ARRAYS)
-        state = tree_map_with_path(lambda path, _: arrays[f"optimizer.{path}"], optimizer)
-        head = "parameters."
-        parameters = {name[len(head) :]: value for name, value in arrays.items() if name.startswith(head)}
+        # In the run's own order, not the file's: sums over all of them, like the gradients' norm, follow it.
+        parameters = {name: arrays[f"parameters.{name}"] for name in like.parameters}
+        optimizer = tree_map_with_path(lambda path, _: arrays[f"optimizer.{path}"], like.optimizer)
         step = facts.pop("step")
-        mx.eval(parameters, state)
+        mx.eval(parameters, optimizer)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise RodimusError(f"checkpoint {folder} cannot be read: {error}") from error
-    return State(step, parameters, state, facts)
+    return State(step, parameters, optimizer, facts)
 
 
 def _complete(out: Path) -> list[Path]:

@@ -20,10 +20,10 @@ class StatefulMixer(DDTSMixer):
     def __call__(
         self, h: mx.array, tail: mx.array | None = None, state: mx.array | None = None, *rest: mx.array | None
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """As `DDTSMixer`, where no state is given from the learned one."""
+        """As `DDTSMixer`, with the learned state in place of none."""
         if state is None:
-            learned = self[STATE].astype(mx.float32)
-            state = mx.broadcast_to(learned, (h.shape[0], *learned.shape))
+            start = self[STATE].astype(mx.float32)
+            state = mx.broadcast_to(start, (h.shape[0], *start.shape))
         return super().__call__(h, tail, state, *rest)
 
 

@@ -22,7 +22,15 @@ from .loss import cross_entropy, cross_entropy_value, tokens_in_part
 from .parameters import Parameters, lent, named, nested
 from .segments import Memory, close_memory, open_memory
 
-_IN_FLOAT32 = ("embeddings.weight", "gate_bias", "conv.weight", "conv.bias", "residual_weight", "initial_state")
+_IN_FLOAT32 = (
+    "embeddings.weight",
+    "gate_bias",
+    "value_bias",
+    "conv.weight",
+    "conv.bias",
+    "residual_weight",
+    "initial_state",
+)
 
 
 def gradient_function(model: Any, dtype: mx.Dtype, keys: Keys) -> Callable[..., tuple[mx.array, Any, Parameters]]:
@@ -78,7 +86,9 @@ def update_function(optimizer: optim.Optimizer, max_norm: float) -> Callable[...
         gradients, norm = optim.clip_grad_norm(gradients, max_norm or float("inf"))
         optimizer.state = state
         updated = optimizer.apply_gradients(nested(gradients), nested(parameters))
-        return named(updated), optimizer.state, loss, norm
+        after = named(updated)
+        # In their old order, which sums over all of them follow: a run that goes on from a file starts with it too.
+        return {name: after[name] for name in parameters}, optimizer.state, loss, norm
 
     return compiled(update)
 

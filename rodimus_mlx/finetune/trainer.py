@@ -149,7 +149,7 @@ class _Run:
         """Take up the last checkpoint, if there is one."""
         folder = checkpoint.latest(self.out) if self.out and self.world.rank() == 0 else None
         if folder is not None:
-            state = checkpoint.load(folder, self.optimizer_state)
+            state = checkpoint.load(folder, self.state())
             refuse_changes(folder, state.facts.pop("identity"), self.identity)
             self.step, self.parameters, self.optimizer_state, self.facts = state
         if self.world.size() > 1:
@@ -306,12 +306,14 @@ class _Run:
         """Write a checkpoint, and the adapter where no validation chooses one."""
         if self.out is None or self.world.rank() != 0:
             return
-        facts = {**self.facts, "identity": self.identity}
-        state = checkpoint.State(self.step, self.parameters, self.optimizer_state, facts)
-        folder = checkpoint.save(self.out, state, self.config(), self.adapter())
+        folder = checkpoint.save(self.out, self.state(), self.config(), self.adapter())
         if not self.valid:
             self.publish()
         self.tell("save", step=self.step, folder=str(folder))
+
+    def state(self) -> checkpoint.State:
+        facts = {**self.facts, "identity": self.identity}
+        return checkpoint.State(self.step, self.parameters, self.optimizer_state, facts)
 
     def config(self) -> dict[str, Any]:
         return adapter_config(self.settings, self.places)
