@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from .config import RodimusConfig
 
-QUERY_BLOCK = 512  # queries that share one block of scores
+QUERY_BLOCK = 1024  # queries that share one block of scores
 
 
 class AttentionMasks:

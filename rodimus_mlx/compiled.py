@@ -1,4 +1,4 @@
-"""Compiled forms of parts of a block, for decoding: the GPU waits for the host there, and compiled graphs are kept."""
+"""Compiled forms of parts of a block: where a GPU waits for the host, as in decoding, it saves building the graph."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .kernels.backend import active_backend
+
+PROMPT_STEP = 256  # steps of long prompts are multiples of this: 512, 2048 ...
 
 
 class CompiledParts:
@@ -22,10 +24,11 @@ class CompiledParts:
     ) -> Callable[..., Any]:
         """`function`, a method of `owner` that reads the parameters of `modules`, compiled where that pays.
 
-        That is for one token in evaluation on a GPU: prompts come in too many lengths to trace each.
+        That is in evaluation on a GPU for one token, and for the steps that long prompts are cut into; other lengths
+        are too many to trace each.
         """
         backend = active_backend()
-        if length != 1 or owner.training or backend is None:
+        if owner.training or backend is None or (length != 1 and length % PROMPT_STEP):
             return function
         key = (function.__name__, backend)
         if key not in self._made:

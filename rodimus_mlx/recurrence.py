@@ -164,23 +164,25 @@ def _with_kernels(norm_floor: float, marks: mx.array | None, backend: Backend) -
     accuracy as rounding o does.
     """
 
-    def chunks(qkgt: mx.array, gate_bias: mx.array, v: mx.array, state: mx.array) -> tuple[mx.array, ...]:
-        a, q, k, total = launchers.prepare(qkgt, gate_bias, norm_floor, marks, backend)
-        values = _in_chunks(v, a.shape[2])  # [B, N, C, D]
+    def chunks(qkgt: mx.array, gate_bias: mx.array, v: mx.array, state: mx.array, chunk: int) -> tuple[mx.array, ...]:
+        a, q, k, total = launchers.prepare(qkgt, gate_bias, norm_floor, marks, chunk, backend)
+        values = _in_chunks(v, chunk)  # [B, N, C, D]
         before, after = launchers.scan(k.swapaxes(2, 3) @ values, total, state, backend)
         return a, q, k, total, values, before, after
 
     @mx.custom_function
     def function(qkgt: mx.array, gate_bias: mx.array, v: mx.array, state: mx.array) -> tuple[mx.array, mx.array]:
-        a, q, _, _, values, before, after = chunks(qkgt, gate_bias, v, state)
+        chunk = launchers.chunk_size(v.shape[1], state.shape[1])
+        a, q, _, _, values, before, after = chunks(qkgt, gate_bias, v, state, chunk)
         o = mx.addmm(a @ values, q, before)
         return _out_of_chunks(o, v.shape[1]), after
 
     @function.vjp
     def gradient(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple[mx.array, ...]:
         qkgt, gate_bias, v, state = primals
-        a, q, k, total, values, before, *_ = chunks(qkgt, gate_bias, v, state)
-        d_o, d_after = _in_chunks(cotangents[0], a.shape[2]), cotangents[1]
+        chunk = launchers.tile_size(state.shape[1])
+        a, q, k, total, values, before, *_ = chunks(qkgt, gate_bias, v, state, chunk)
+        d_o, d_after = _in_chunks(cotangents[0], chunk), cotangents[1]
         d_written, d_total, d_state = launchers.scan_backward(q.swapaxes(2, 3) @ d_o, before, total, d_after, backend)
         d_qkgt = launchers.prepare_backward(
             qkgt,

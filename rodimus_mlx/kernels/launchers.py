@@ -148,13 +148,15 @@ def step(
     return y, next_state
 
 
-def chunk_sizes(length: int, n: int) -> tuple[int, int]:
-    """Tokens in a chunk, and in the tile of it that threadgroup memory holds at once: as many as fit in 32 KB.
+def tile_size(n: int) -> int:
+    """Tokens whose float32 q and decays fit in threadgroup memory, 32 KB, at once."""
+    return min(64, 4096 // n // 16 * 16)
 
-    Larger chunks write and read fewer states between them, but their A costs more; twice the tile measured best.
-    """
-    tile = min(64, 4096 // n // 16 * 16)
-    return (tile if length <= tile else 2 * tile), tile
+
+def chunk_size(length: int, n: int) -> int:
+    """Tokens in a chunk: two tiles, since larger chunks write and read fewer states; one, if that holds all."""
+    tile = tile_size(n)
+    return tile if length <= tile else 2 * tile
 
 
 def prepare(
@@ -162,18 +164,19 @@ def prepare(
     gate_bias: mx.array,
     norm_floor: float,
     marks: mx.array | None,
+    chunk: int,
     backend: Backend,
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """qkgt [B, T, 4n] -> A [B, N, C, C], decayed q and k [B, N, C, n], total [B, N, n], all float32."""
+    """qkgt [B, T, 4n], in chunks of whole tiles -> A [B, N, C, C], decayed q and k [B, N, C, n], total [B, N, n]."""
     batch, length, width = qkgt.shape
     n = width // 4
-    chunk, tile = chunk_sizes(length, n)
+    tile = tile_size(n)
+    strip, parts = min(tile, 32), 16
     chunks = _ceil(length, chunk)
-    strip = min(tile, 32)
     a, q, k, total = _prepare(
         [qkgt, gate_bias, scalar(norm_floor), no_marks() if marks is None else marks],
         groups=(chunk // strip, chunks, batch),
-        threads=4 * strip,
+        threads=parts * strip,
         output_shapes=[
             (batch, chunks, chunk, chunk),
             (batch, chunks, chunk, n),
@@ -181,7 +184,7 @@ def prepare(
             (batch, chunks, n),
         ],
         output_dtypes=[mx.float32] * 4,
-        template={"C": chunk, "S": strip, "TILE": tile, "N": n, "MARKS": marks is not None},
+        template={"C": chunk, "S": strip, "TILE": tile, "PARTS": parts, "N": n, "MARKS": marks is not None},
         backend=backend,
     )
     return a, q, k, total
@@ -198,10 +201,10 @@ def prepare_backward(
     d_log_total: mx.array,
     backend: Backend,
 ) -> mx.array:
-    """Gradients of `prepare`'s outputs -> that of qkgt, [B, T, 4n] float32."""
+    """Gradients of `prepare`'s outputs, with chunks of one tile -> that of qkgt, [B, T, 4n] float32."""
     batch, length, width = qkgt.shape
     n = width // 4
-    chunk, tile = chunk_sizes(length, n)
+    chunk, parts = tile_size(n), 8
     (d_qkgt,) = _prepare_backward(
         [
             qkgt,
@@ -214,10 +217,10 @@ def prepare_backward(
             d_log_total,
         ],
         groups=(_ceil(length, chunk), batch, 1),
-        threads=4 * chunk,
+        threads=parts * chunk,
         output_shapes=[qkgt.shape],
         output_dtypes=[mx.float32],
-        template={"C": chunk, "TILE": tile, "N": n, "MARKS": marks is not None},
+        template={"C": chunk, "TILE": chunk, "PARTS": parts, "N": n, "MARKS": marks is not None},
         backend=backend,
     )
     return d_qkgt

@@ -8,25 +8,25 @@
 // Inputs   qkgt [B, T, 4N]: q | k | g | tau before their gates    gate_bias [2N]: of g | tau    norm_floor [1] float
 //          marks [B, T] uint8 (with MARKS): 0 padding, which leaves the state, 1 token, 2 first of a document
 // Outputs  A [B, chunks, C, C]   q_decayed, k_decayed [B, chunks, C, N]   total [B, chunks, N], all float
-// Template C: tokens a chunk   S: tokens s a threadgroup, a multiple of 8 that divides TILE, which divides C
-//          TILE: tokens t in threadgroup memory at once   N: key features   MARKS
-// Grid     (C / S, chunks, B) of 4 S threads: four threads a token s, each every fourth key feature, while t moves on
+// Template C: tokens a chunk   S: tokens s a threadgroup, which divide TILE, which divides C
+//          TILE: tokens t in threadgroup memory at once   PARTS: threads a token, of a simdgroup   N: key features   MARKS
+// Grid     (C / S, chunks, B) of PARTS S threads: each keeps a token s and every PARTS-th key feature, while t moves on
 
-constexpr int EACH = (N + 3) / 4;
-constexpr int COLUMNS = (N + 4 * S - 1) / (4 * S);
+constexpr int EACH = (N + PARTS - 1) / PARTS;
+constexpr int COLUMNS = (N + PARTS * S - 1) / (PARTS * S);
 TG_ARRAY(float, q_tile, TILE * N);
 TG_ARRAY(float, a_tile, TILE * N);
 
 const size_t length = uint(qkgt_shape[1]);
 const size_t chunk = size_t(group.z) * group_count.y + group.y;
 const uint first = group.x * S;  // of the threadgroup's tokens
-const uint s = first + tid / 4;
-const uint part = tid % 4;
+const uint s = first + tid / PARTS;
+const uint part = tid % PARTS;
 float q[EACH];
 float k[EACH];
 float a[EACH];
 float key[EACH];  // k_s, decayed as t moves on
-float product[COLUMNS];  // of the decays from the chunk's start: a thread keeps key feature tid, tid + 4 S, ...
+float product[COLUMNS];  // of the decays from the chunk's start: a thread keeps key feature tid, tid + PARTS S, ...
 for (int j = 0; j < EACH; j++) {
   key[j] = 0.0f;
 }
@@ -37,14 +37,14 @@ for (int j = 0; j < COLUMNS; j++) {
 // the first threadgroup also makes q_decayed and total, so it goes through all tiles; the others start at their own
 for (uint tile = first / TILE * TILE; tile < uint(C); tile += TILE) {
   TG_BARRIER();
-  for (uint i = tid / 4; i < uint(TILE); i += S) {
+  for (uint i = tid / PARTS; i < uint(TILE); i += S) {
     const size_t position = size_t(group.y) * C + tile + i;
     const size_t token = size_t(group.z) * length + position;
     const bool exists = position < length;
     const uint mark = exists ? (MARKS ? uint(marks[token]) : 1u) : 0u;
-    gate_quarter<N>(qkgt + token * (4 * N), gate_bias + 0, norm_floor[0], exists, mark, part, q, k, a);
+    gate_part<N, PARTS>(qkgt + token * (4 * N), gate_bias + 0, norm_floor[0], exists, mark, part, q, k, a);
     for (int j = 0; j < EACH; j++) {
-      const uint n = 4 * j + part;
+      const uint n = PARTS * j + part;
       if (n < uint(N)) {
         q_tile[i * N + n] = q[j];
         a_tile[i * N + n] = a[j];
@@ -55,7 +55,7 @@ for (uint tile = first / TILE * TILE; tile < uint(C); tile += TILE) {
   TG_BARRIER();
   if (first == 0) {
     for (int j = 0; j < COLUMNS; j++) {
-      const uint n = tid + j * 4 * S;
+      const uint n = tid + j * PARTS * S;
       for (uint i = 0; n < uint(N) && i < uint(TILE); i++) {
         product[j] *= a_tile[i * N + n];
         q_decayed[(chunk * C + tile + i) * N + n] = q_tile[i * N + n] * product[j];
@@ -67,34 +67,33 @@ for (uint tile = first / TILE * TILE; tile < uint(C); tile += TILE) {
     float dot = 0.0f;
     if (t >= first) {
       for (int j = 0; j < EACH; j++) {
-        const uint n = 4 * j + part;
+        const uint n = PARTS * j + part;
         if (n < uint(N)) {
           key[j] = t > s ? key[j] * a_tile[i * N + n] : key[j];
           dot += q_tile[i * N + n] * key[j];
         }
       }
-      dot += simd_shuffle_xor(dot, 1);
-      dot += simd_shuffle_xor(dot, 2);
+      dot = sum_parts<PARTS>(dot);
     }
     if (part == 0) {
       A[(chunk * C + t) * C + s] = t >= s ? dot : 0.0f;
     }
   }
 }
-for (uint t = tid / 4; t < first / TILE * TILE; t += S) {  // above the threadgroup's first tile
-  for (uint i = part; i < uint(S); i += 4) {
+for (uint t = tid / PARTS; t < first / TILE * TILE; t += S) {  // above the threadgroup's first tile
+  for (uint i = part; i < uint(S); i += PARTS) {
     A[(chunk * C + t) * C + first + i] = 0.0f;
   }
 }
 for (int j = 0; j < EACH; j++) {
-  const uint n = 4 * j + part;
+  const uint n = PARTS * j + part;
   if (n < uint(N)) {
     k_decayed[(chunk * C + s) * N + n] = key[j];
   }
 }
 if (first == 0) {
   for (int j = 0; j < COLUMNS; j++) {
-    const uint n = tid + j * 4 * S;
+    const uint n = tid + j * PARTS * S;
     if (n < uint(N)) {
       total[chunk * N + n] = product[j];
     }

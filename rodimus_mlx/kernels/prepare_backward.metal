@@ -9,17 +9,18 @@
 //          d_A [B, chunks, C, C]   d_q_decayed, d_k_decayed [B, chunks, C, N]   d_total [B, chunks, N],
 //          of log total: float
 // Outputs  d_qkgt [B, T, 4N] float
-// Template C: tokens a chunk, a multiple of 8   TILE: of them in threadgroup memory at once   N: key features   MARKS
-// Grid     (chunks, B, 1) of 4 C threads: four threads a token, each every fourth key feature
+// Template C: tokens a chunk   TILE: of them in threadgroup memory at once, which divide C
+//          PARTS: threads a token, of a simdgroup   N: key features   MARKS
+// Grid     (chunks, B, 1) of PARTS C threads: each keeps a token and every PARTS-th key feature
 
-constexpr int EACH = (N + 3) / 4;
+constexpr int EACH = (N + PARTS - 1) / PARTS;
 constexpr int ROOM = 2 * TILE * N > C * N ? 2 * TILE * N : C * N;
 TG_ARRAY(float, room, ROOM);  // first a tile of q or k and one of a, then sums over the chunk
 
 const size_t length = uint(qkgt_shape[1]);
 const size_t chunk = size_t(group.y) * group_count.x + group.x;
-const uint own = tid / 4;  // the thread's token
-const uint part = tid % 4;
+const uint own = tid / PARTS;  // the thread's token
+const uint part = tid % PARTS;
 const size_t position = size_t(group.x) * C + own;
 const size_t token = size_t(group.y) * length + position;
 const bool exists = position < length;
@@ -32,7 +33,7 @@ float d_k[EACH];
 float d_log[EACH];  // of log a
 float straddle[EACH];
 float decay[EACH];  // first from own to the sweep's token, then from the sweep's token to own
-gate_quarter<N>(qkgt + token * (4 * N), gate_bias + 0, norm_floor[0], exists, mark, part, q, k, a);
+gate_part<N, PARTS>(qkgt + token * (4 * N), gate_bias + 0, norm_floor[0], exists, mark, part, q, k, a);
 for (int j = 0; j < EACH; j++) {
   d_q[j] = d_k[j] = d_log[j] = straddle[j] = 0.0f;
 }
@@ -47,7 +48,7 @@ for (uint sweep = 0; sweep < 2; sweep++) {
     TG_BARRIER();
     if (own >= tile && own < tile + TILE) {
       for (int j = 0; j < EACH; j++) {
-        const uint n = 4 * j + part;
+        const uint n = PARTS * j + part;
         if (n < uint(N)) {
           room[(own - tile) * N + n] = forward ? q[j] : k[j];
           room[(TILE + own - tile) * N + n] = a[j];
@@ -62,7 +63,7 @@ for (uint sweep = 0; sweep < 2; sweep++) {
         const size_t pair = forward ? other * C + own : own * C + other;
         const float d_pair = d_A[chunk * C * C + pair];
         for (int j = 0; j < EACH; j++) {
-          const uint n = 4 * j + part;
+          const uint n = PARTS * j + part;
           if (n < uint(N)) {
             const float theirs = d_pair * room[i * N + n];
             const float a_other = room[(TILE + i) * N + n];
@@ -81,7 +82,7 @@ for (uint sweep = 0; sweep < 2; sweep++) {
   TG_BARRIER();
   // decay now spans from after own to the chunk's end, or from the chunk's start through own
   for (int j = 0; j < EACH; j++) {
-    const uint n = 4 * j + part;
+    const uint n = PARTS * j + part;
     if (n < uint(N)) {
       const size_t at = (chunk * C + own) * N + n;
       if (forward) {
@@ -107,7 +108,7 @@ for (uint sweep = 0; sweep < 2; sweep++) {
   }
   TG_BARRIER();
   for (int j = 0; j < EACH; j++) {
-    const uint n = 4 * j + part;
+    const uint n = PARTS * j + part;
     if (n < uint(N)) {
       d_log[j] = forward ? room[own * N + n] : d_log[j] + room[own * N + n];
     }
@@ -118,7 +119,7 @@ const float d_self = d_A[(chunk * C + own) * C + own];
 float squares = 0.0f;
 float along = 0.0f;  // of d_key along the key
 for (int j = 0; j < EACH; j++) {
-  const uint n = 4 * j + part;
+  const uint n = PARTS * j + part;
   if (n < uint(N) && exists) {
     const float key = static_cast<float>(qkgt[token * (4 * N) + N + n]);
     squares += key * key;
@@ -126,17 +127,16 @@ for (int j = 0; j < EACH; j++) {
     d_k[j] += d_self * q[j];
   }
 }
-squares += simd_shuffle_xor(squares, 1);
-squares += simd_shuffle_xor(squares, 2);
+squares = sum_parts<PARTS>(squares);
 const float norm = fmaxf(sqrtf(squares), norm_floor[0]);
 for (int j = 0; j < EACH; j++) {
-  const uint n = 4 * j + part;
+  const uint n = PARTS * j + part;
   if (n < uint(N) && exists) {
     const size_t at = token * (4 * N) + n;
     const float x = static_cast<float>(qkgt[at + 2 * N]) + static_cast<float>(gate_bias[n]);
     const float g = fmaxf(softplus(x), 1e-37f);  // where it underflows its log must not be infinite
     const float tau = sigmoid(static_cast<float>(qkgt[at + 3 * N]) + static_cast<float>(gate_bias[n + N]));
-    const float input_gate = powf(g, tau);
+    const float input_gate = power(g, tau);
     const float unit = static_cast<float>(qkgt[at + N]) / norm;
     const float d_gate = is_padding(mark) ? 0.0f : d_k[j] * unit * input_gate;  // of log(input gate)
     const float total = d_total[chunk * N + n];
@@ -148,13 +148,12 @@ for (int j = 0; j < EACH; j++) {
     along += d_k[j] * unit;
   }
 }
-along += simd_shuffle_xor(along, 1);
-along += simd_shuffle_xor(along, 2);
+along = sum_parts<PARTS>(along);
 if (sqrtf(squares) <= norm_floor[0]) {
   along = 0.0f;  // a key under the floor is divided by a constant
 }
 for (int j = 0; j < EACH; j++) {
-  const uint n = 4 * j + part;
+  const uint n = PARTS * j + part;
   if (n < uint(N) && exists) {
     const float unit = static_cast<float>(qkgt[token * (4 * N) + N + n]) / norm;
     d_qkgt[token * (4 * N) + N + n] = (d_k[j] - unit * along) / norm;
