@@ -1,6 +1,7 @@
 """Entry point: the list of commands, and how every error, warning and interrupt reaches the terminal.
 
-A command is a module with ``run`` (its signature is the command line, its docstring the help) and ``EXAMPLE``.
+A command is a module with ``run`` (its signature is the command line, its docstring the help) and ``EXAMPLE``; a
+group of commands has ``COMMANDS``, functions with an example each, and its help is the module's ``HELP``.
 Only Typer is imported here: whatever a command needs, it imports when it runs.
 """
 
@@ -15,9 +16,10 @@ import typer
 
 from ..errors import RodimusError
 from ..version import __version__
-from . import EXIT_ERROR, EXIT_INTERRUPT, EXIT_USAGE, convert, finetune, fuse, generate, init
+from . import EXIT_ERROR, EXIT_INTERRUPT, EXIT_USAGE, convert, finetune, fuse, generate, init, state
 
 COMMANDS = (generate, convert, finetune, fuse, init)
+GROUPS = (state,)
 
 app = typer.Typer(
     help="Run Rodimus and Rodimus+ language models with MLX.",
@@ -29,6 +31,14 @@ app = typer.Typer(
 for _module in COMMANDS:
     _name = _module.__name__.rpartition(".")[2]
     app.command(_name, epilog=f"\b\nExample:\n{_module.EXAMPLE}")(_module.run)
+for _group in GROUPS:
+    _name = _group.__name__.rpartition(".")[2]
+    _epilog = f"\b\nExample:\n{next(iter(_group.COMMANDS.values()))}"
+    _commands = typer.Typer(help=_group.HELP, epilog=_epilog, rich_markup_mode=None)
+    _commands.callback(invoke_without_command=True)(_group.start)
+    for _function, _example in _group.COMMANDS.items():
+        _commands.command(_function.__name__, epilog=f"\b\nExample:\n{_example}")(_function)
+    app.add_typer(_commands, name=_name)
 
 
 def _show_version(wanted: bool) -> None:

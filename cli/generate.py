@@ -12,6 +12,7 @@ import typer
 from ..errors import RodimusError, RodimusWarning
 from . import EXIT_INTERRUPT, options
 from .progress import size
+from .stream_in import MARK, Reading, frame, read_standard_input
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +38,10 @@ def run(
     stop: options.Stop = None,
     chat: options.Chat = None,
     system: options.System = None,
+    state: options.State = None,
+    stream_in: Annotated[
+        bool, typer.Option("--stream-in", help="Read standard input to its end, however long; PROMPT comes after it.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Generate text from a prompt.
@@ -46,13 +51,15 @@ def run(
     """
     if temp == 0 and (top_p < 1 or top_k > 0 or min_p > 0):
         warnings.warn("--top-p, --top-k and --min-p do nothing at --temp 0", RodimusWarning, stacklevel=2)
-    text = _read_prompt(prompt)
+    text = "" if stream_in else _read_prompt(prompt)
 
     import mlx.core as mx
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
     from ..generation import ROLE_TAG, encode_prompt, stream_generate
     from ..loading import DEMO_FOLDER, load
+    from ..states import load_state
+    from ..states.store import find_state
     from ..tokenizer import is_chat_model
 
     if model is None:
@@ -62,7 +69,15 @@ def run(
         chat = is_chat_model(tokenizer)
     if system is not None and not chat:
         raise RodimusError("--system needs a chat, and this model is not known as a chat model: add --chat")
-    tokens = encode_prompt(loaded, tokenizer, _messages(system, text) if chat else text)
+    cache = load_state(find_state(state), loaded, f"the state {state}").cache if state else loaded.make_cache()
+    reading: Reading | None = None
+    if stream_in:
+        question = "" if prompt in (None, "-") else prompt
+        frame_of = frame(tokenizer, _messages(system, MARK + question)) if chat else ("", question)
+        reading = read_standard_input(loaded, tokenizer, cache, *frame_of)
+        tokens = reading.last
+    else:
+        tokens = encode_prompt(loaded, tokenizer, _messages(system, text) if chat else text)
 
     if seed is not None:
         mx.random.seed(seed)
@@ -72,6 +87,7 @@ def run(
         tokens,
         max_tokens=max_tokens,
         stop=[*(stop or ()), *([ROLE_TAG] if chat else ())],
+        prompt_cache=cache,
         # mlx-lm refuses a top-k of the whole vocabulary, which is no restriction
         sampler=make_sampler(temp, top_p, min_p, top_k=top_k if top_k < loaded.args.vocab_size else 0),
         logits_processors=make_logits_processors(
@@ -79,6 +95,8 @@ def run(
         ),
     )
     result = _collect(responses, prompt_tokens=len(tokens), show=not as_json)
+    if reading:
+        result |= {"prompt_tokens": reading.count, "prompt_tokens_per_second": round(reading.rate, 3)}
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
     else:

@@ -86,3 +86,6 @@ Chat = Annotated[
 ]
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message of a chat.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")]
+State = Annotated[
+    str | None, typer.Option("--state", metavar="NAME", help="Named state to go on from, or the path of its file.")
+]

@@ -8,21 +8,29 @@ from typing import Any
 
 
 class ByteProgress:
-    """A bar on standard error: share, bytes, rate and time left; nothing where nobody looks.
+    """A bar on standard error: share, amount, rate and time left; nothing where nobody looks.
 
-    To be called with (bytes done, bytes in all); appears at the first call, so that warnings before it stay whole.
+    To be called with (done, in all or None), in bytes or another unit; appears at the first call, so that warnings
+    before it stay whole.
     """
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, unit: str = "B") -> None:
         self._title = title
+        self._unit = unit
         self._bar: Any = None
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int | None) -> None:
         if self._bar is None:
             from tqdm import tqdm
 
             self._bar = tqdm(
-                desc=self._title, total=total, unit="B", unit_scale=True, disable=None, leave=False, file=sys.stderr
+                desc=self._title,
+                total=total,
+                unit=self._unit,
+                unit_scale=True,
+                disable=None,
+                leave=False,
+                file=sys.stderr,
             )
         self._bar.update(done - self._bar.n)
 

@@ -70,9 +70,9 @@ def encode_prompt(model: Any, tokenizer: Any, prompt: Prompt) -> list[int]:
             "put its tokenizer.json or tokenizer.model into the model's folder"
         )
     if is_conversation(prompt):
-        tokens = _encode_conversation(tokenizer, prompt)
+        tokens = encode_text(tokenizer, render_conversation(tokenizer, prompt))
     elif isinstance(prompt, str):
-        tokens = _encode_text(tokenizer, prompt)
+        tokens = encode_text(tokenizer, prompt)
     else:
         tokens = list(map(int, prompt))  # type: ignore[arg-type]
     if not tokens:
@@ -86,7 +86,12 @@ def encode_prompt(model: Any, tokenizer: Any, prompt: Prompt) -> list[int]:
     return tokens
 
 
-def _encode_text(tokenizer: Any, text: str) -> list[int]:
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text and nothing but the text.
+
+    Raises:
+        RodimusError: it is not Unicode.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -94,14 +99,18 @@ def _encode_text(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def _encode_conversation(tokenizer: Any, messages: Prompt) -> list[int]:
+def render_conversation(tokenizer: Any, messages: Any, *, for_answer: bool = True) -> str:
+    """A conversation as the one text that the model reads; ``for_answer`` opens the assistant's next turn.
+
+    Raises:
+        RodimusError: the chat template refuses it.
+    """
     from jinja2 import TemplateError
 
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_answer)
     except (TemplateError, KeyError, TypeError) as error:
         raise RodimusError(f"the chat template cannot write this conversation: {error}") from error
-    return _encode_text(tokenizer, text)
 
 
 class StopStrings:

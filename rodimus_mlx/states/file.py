@@ -1,0 +1,137 @@
+"""A state's file: an mlx-lm prompt cache (safetensors) whose metadata says what was read, and by which model.
+
+``mlx_lm.models.cache.load_prompt_cache`` and ``mlx_lm.generate --prompt-cache-file`` open it as it is. Our part is
+one entry of the metadata, ``rodimus_state``: JSON with the fields of `StateInfo` and the version of this format.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import CacheList, load_prompt_cache, save_prompt_cache
+
+from ..convert.safetensors_file import read_safetensors
+from ..errors import RodimusError
+from .fingerprint import fingerprint, refuse_mismatch
+from .snapshot import Cache, compact, evaluate
+from .store import SUFFIX
+
+VERSION = 1
+_KEY = "rodimus_state"
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class StateInfo:
+    """What is known of a state without its arrays.
+
+    tokens: how many were read. source: from what, for people. model: the name that the model was loaded by.
+    messages: the conversation, if the state is that of one; its last message was read to its end.
+    """
+
+    tokens: int
+    source: str = ""
+    model: str = ""
+    messages: list[dict[str, str]] | None = None
+    created: str = field(default_factory=_now)
+    fingerprint: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """A cache that has read ``info.tokens`` tokens. Whoever moves it on takes a `snapshot` first."""
+
+    cache: Cache
+    info: StateInfo
+
+
+def save_state(path: str | Path, model: Any, state: State) -> StateInfo:
+    """Write a state; the file is complete or, if anything goes wrong, what it was before.
+
+    Returns: the info as written, with the model's fingerprint.
+
+    Raises:
+        RodimusError: the file cannot be written.
+    """
+    path = Path(path)
+    info = StateInfo(**{**_shallow(state.info), "fingerprint": fingerprint(model)})
+    # "model" and "tokenizer_config" are what mlx-lm's own command looks for
+    metadata = {_KEY: json.dumps({"version": VERSION, **asdict(info)}), "model": info.model, "tokenizer_config": "{}"}
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{SUFFIX}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_prompt_cache(str(partial), compact(state.cache), metadata)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        raise RodimusError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        if partial.exists():
+            partial.unlink()
+    return info
+
+
+def load_state(path: str | Path, model: Any, label: str = "") -> State:
+    """Read a state made by this very model.
+
+    Raises:
+        RodimusError: the file is damaged, of a newer format, or of another model, quantization or adapter.
+    """
+    path = Path(path)
+    label = label or str(path)
+    info = read_info(path)
+    refuse_mismatch(info.fingerprint, fingerprint(model), label)
+    cache = load_cache(path)
+    if _kinds(cache) != _kinds(model.make_cache()):
+        raise RodimusError(f"{path} is damaged: its layers are not the model's")
+    return State(cache, info)
+
+
+def load_cache(path: str | Path) -> Cache:
+    """Read a file's cache, whatever model it belongs to.
+
+    Raises:
+        RodimusError: the file is damaged.
+    """
+    try:
+        cache = load_prompt_cache(str(path))
+        evaluate(cache)  # now, so that the file may change or go
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise RodimusError(f"{path} is damaged: {error}") from error
+    return cache
+
+
+def read_info(path: str | Path) -> StateInfo:
+    """What a file says of its state, without reading the arrays.
+
+    Raises:
+        RodimusError: it is no state's file, cut short, or of a newer format.
+    """
+    path = Path(path)
+    read_safetensors(path)  # checks that the file is whole
+    metadata: Any = mx.load(str(path), return_metadata=True)[1]  # type: ignore[index]
+    try:
+        entries = json.loads(metadata[f"0.{_KEY}"])  # mlx-lm puts its users' metadata under 0
+        if entries.pop("version") > VERSION:
+            raise RodimusError(f"{path} was written by a newer rodimus-mlx: update to read it")
+        known = {each.name for each in fields(StateInfo)}
+        return StateInfo(**{name: value for name, value in entries.items() if name in known})
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise RodimusError(f"{path} is not a state's file: rodimus-mlx state make writes them") from error
+
+
+def _shallow(info: StateInfo) -> dict[str, Any]:
+    return {each.name: getattr(info, each.name) for each in fields(info)}
+
+
+def _kinds(cache: Cache) -> list[list[str]]:
+    layers = [layer.caches if isinstance(layer, CacheList) else [layer] for layer in cache]
+    return [[type(part).__name__ for part in parts] for parts in layers]
