@@ -8,6 +8,7 @@ from typing import Any
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import dequantize_model
 
+from ..convert.folder import refuse_occupied
 from ..errors import RodimusError
 from ..hub import find_folder
 from ..loading import load_model
@@ -26,6 +27,7 @@ def fuse(model: str | Path, adapter: str | Path, out: str | Path, dequantize: bo
     Raises:
         RodimusError: the adapter does not fit, ``out`` is taken, or the disk is full.
     """
+    refuse_occupied(Path(out))
     folder = find_folder(model)
     loaded: Any
     loaded, config = load_model(folder)

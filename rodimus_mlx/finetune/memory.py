@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..attention import QUERY_BLOCK
 from ..config import RodimusConfig
 from .loss import tokens_in_part
 from .parameters import named
@@ -31,7 +32,7 @@ def predict_peak(model: Any, trainable: int, settings: Settings, dtype: mx.Dtype
     row = min(longest, settings.segment) if settings.segment else longest
     tokens = settings.batch_size * row
     logits = min(tokens, tokens_in_part(model.args.vocab_size, dtype)) * model.args.vocab_size * dtype.size
-    activations = tokens * _bytes_per_token(model.args, settings, dtype)
+    activations = _activations(model.args, settings, dtype, settings.batch_size, row)
     return frozen + trainable * copies + activations + 3 * logits  # with their exponentials and their gradients
 
 
@@ -59,11 +60,14 @@ def advice(model: Any, trainable: int, settings: Settings, dtype: mx.Dtype, long
     return "use a smaller or a quantized model"
 
 
-def _bytes_per_token(c: RodimusConfig, settings: Settings, dtype: mx.Dtype) -> int:
-    block = int(_block(c, dtype.size) * _KEPT[mx.default_device().type])
-    if settings.grad_checkpoint:  # each block keeps its input; one at a time has everything, twice in its backward
-        return c.n_layer * c.d_model * (4 + dtype.size) + 2 * block
-    return (c.n_layer + 1) * block
+def _activations(c: RodimusConfig, settings: Settings, dtype: mx.Dtype, rows: int, length: int) -> int:
+    """Bytes that the backward pass needs of the forward pass."""
+    tokens = rows * length
+    block = int(tokens * _block(c, dtype.size) * _KEPT[mx.default_device().type])
+    scores = _scores(c, dtype.size, rows, length)
+    if settings.grad_checkpoint:  # blocks keep their inputs; one at a time has everything, twice in its backward pass
+        return tokens * c.n_layer * c.d_model * (4 + dtype.size) + 2 * block + 3 * scores
+    return (c.n_layer + 1) * (block + scores)
 
 
 def _block(c: RodimusConfig, size: int) -> int:
@@ -74,3 +78,11 @@ def _block(c: RodimusConfig, size: int) -> int:
         return mixer
     attention = d * (4 + 3 * size) + (2 * c.num_heads + c.num_heads_v) * c.head_dim * size
     return mixer + attention + d * 2 * size + 3 * c.d_ffn * size
+
+
+def _scores(c: RodimusConfig, size: int, rows: int, length: int) -> int:
+    """Bytes of one layer's attention weights, which only CUDA's attention does without in training."""
+    if not c.has_attention or (mx.default_device() == mx.gpu and not mx.metal.is_available()):
+        return 0
+    window = length if c.window_keys is None else c.window_keys
+    return rows * c.num_heads * length * min(length, QUERY_BLOCK + window) * size

@@ -40,7 +40,7 @@ def outlook(model: Any, parameters: Parameters, plan: Plan, settings: Settings, 
 
 def refuse_small_disk(out: Path, checkpoint_bytes: int) -> None:
     """Raise where the disk will not hold two checkpoints: the new one is complete before the old one goes."""
-    out.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out).free
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
     if free < 2 * checkpoint_bytes:
         raise RodimusError(f"{out}: checkpoints need {2 * checkpoint_bytes:,} bytes, {free:,} are free on its disk")

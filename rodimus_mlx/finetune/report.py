@@ -37,27 +37,35 @@ def describe(event: Event) -> list[str]:
     return []
 
 
-def metrics_writer(file: Path, first_step: int) -> Callable[[Event], None]:
-    """An observer that appends measurements to a JSON-lines file, whose lines from ``first_step`` on are dropped.
+def metrics_writer(file: Path) -> Callable[[Event], None]:
+    """An observer that appends measurements to a JSON-lines file, made when the run starts.
 
-    Those are of a run that was cut off after its last checkpoint: they will come again.
+    What a run that was cut off wrote there after its last checkpoint is dropped then: it will come again.
     """
-    kept = []
-    if file.exists():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= first_step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):  # the line that was being written when the run was cut off
-                continue
-    file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def write(event: Event) -> None:
-        if event["event"] in _MEASURED:
+        if event["event"] == "start":
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(_lines_until(event["step"], file)), encoding="utf-8")
+        elif event["event"] in _MEASURED:
             with open(file, "a", encoding="utf-8") as lines:
                 lines.write(json.dumps(event) + "\n")
 
     return write
+
+
+def _lines_until(step: int, file: Path) -> list[str]:
+    """The lines of a run's first ``step`` steps; none of a run that starts."""
+    if step == 0 or not file.exists():
+        return []
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(f"{line}\n")
+        except (ValueError, KeyError, TypeError):  # the line that was being written when the run was cut off
+            continue
+    return kept
 
 
 def plot(metrics: Path, image: Path) -> bool:

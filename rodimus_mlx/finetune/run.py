@@ -11,7 +11,7 @@ import mlx.core as mx
 from ..errors import RodimusError
 from ..loading import load
 from ..tokenizer import is_chat_model
-from . import checkpoint, report
+from . import report
 from .data import Record, Sample, fit, load_data, tokenize
 from .settings import Settings
 from .trainer import Result, train
@@ -59,9 +59,7 @@ def finetune(
         raise RodimusError(f"{data}: the training data has no sample to learn from")
     told = list(observers)
     if first:
-        out.mkdir(parents=True, exist_ok=True)
-        last = checkpoint.latest(out)
-        told.append(report.metrics_writer(out / report.METRICS, int(last.name) if last else -1))
+        told.append(report.metrics_writer(out / report.METRICS))
         if settings.report_to:
             told.append(report.service(settings.report_to, settings.project_name, out, settings.to_dict()))
     result = train(

@@ -184,7 +184,9 @@ def test_metrics_after_the_checkpoint_and_half_lines_are_dropped(tmp_path):
     file = tmp_path / "metrics.jsonl"
     lines = [{"event": "step", "step": i, "loss": 1.0} for i in (1, 2, 3)]
     file.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"event": "st')
-    metrics_writer(file, 2)({"event": "step", "step": 3, "loss": 0.5})
+    write = metrics_writer(file)
+    write({"event": "start", "step": 2})
+    write({"event": "step", "step": 3, "loss": 0.5})
     assert [event["loss"] for event in events(tmp_path)] == [1.0, 1.0, 0.5]
 
 
