@@ -75,8 +75,9 @@ def main() -> None:
     for folder in (args.out, wheels):
         folder.mkdir(parents=True, exist_ok=True)
 
-    packages, modules = [], list(standard_library(stdlib))
-    packages.append({"package": "python", "version": "standard library", "licence": "PSF-2.0", "share": "train"})
+    modules = list(standard_library(stdlib))
+    versions = " ".join(folder.name.removeprefix("python") for folder in sorted(stdlib, key=_version))
+    packages = [{"package": "python", "version": versions, "licence": "PSF-2.0", "share": "train"}]
     for name, version, licence, share in read_sources(HERE / "sources.txt"):
         wheel = fetch(name, version, wheels)
         check_licence(name, wheel)
