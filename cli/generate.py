@@ -42,6 +42,9 @@ def run(
     stream_in: Annotated[
         bool, typer.Option("--stream-in", help="Read standard input to its end, however long; PROMPT comes after it.")
     ] = False,
+    draft_model: options.DraftModel = None,
+    lookup: options.Lookup = False,
+    draft_tokens: options.DraftTokens = 4,
     as_json: options.Json = False,
 ) -> None:
     """Generate text from a prompt.
@@ -51,6 +54,8 @@ def run(
     """
     if temp == 0 and (top_p < 1 or top_k > 0 or min_p > 0):
         warnings.warn("--top-p, --top-k and --min-p do nothing at --temp 0", RodimusWarning, stacklevel=2)
+    if draft_model and lookup:
+        raise typer.BadParameter("either of the two, not both", param_hint="'--draft-model' / '--lookup'")
     text = "" if stream_in else _read_prompt(prompt)
 
     import mlx.core as mx
@@ -58,6 +63,7 @@ def run(
 
     from ..generation import ROLE_TAG, encode_prompt, stream_generate
     from ..loading import DEMO_FOLDER, load
+    from ..speculative import PromptLookup, SpeculativeStats, load_draft_model
     from ..states import load_state
     from ..states.store import find_state
     from ..tokenizer import is_chat_model
@@ -81,6 +87,10 @@ def run(
 
     if seed is not None:
         mx.random.seed(seed)
+    guessing: dict[str, Any] = {}
+    if draft_model or lookup:
+        guesser = load_draft_model(draft_model, loaded) if draft_model else PromptLookup()
+        guessing = {"guesser": guesser, "num_draft_tokens": draft_tokens, "stats": SpeculativeStats()}
     responses = stream_generate(
         loaded,
         tokenizer,
@@ -88,6 +98,7 @@ def run(
         max_tokens=max_tokens,
         stop=[*(stop or ()), *([ROLE_TAG] if chat else ())],
         prompt_cache=cache,
+        **guessing,
         # mlx-lm refuses a top-k of the whole vocabulary, which is no restriction
         sampler=make_sampler(temp, top_p, min_p, top_k=top_k if top_k < loaded.args.vocab_size else 0),
         logits_processors=make_logits_processors(
@@ -97,6 +108,8 @@ def run(
     result = _collect(responses, prompt_tokens=len(tokens), show=not as_json)
     if reading:
         result |= {"prompt_tokens": reading.count, "prompt_tokens_per_second": round(reading.rate, 3)}
+    if guessing:
+        result["tokens_per_step"] = round(guessing["stats"].tokens_per_step, 3)
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
     else:
@@ -152,4 +165,6 @@ def _collect(responses: Iterator[GenerationResponse], *, prompt_tokens: int, sho
 def _print_speeds(result: dict[str, Any]) -> None:
     prompt = f"prompt {result['prompt_tokens']} at {result['prompt_tokens_per_second']:.1f} tokens/s"
     answer = f"generated {result['generation_tokens']} at {result['generation_tokens_per_second']:.1f} tokens/s"
+    if "tokens_per_step" in result:
+        answer += f" ({result['tokens_per_step']:.2f} a step)"
     print(f"{prompt}, {answer}, peak {size(result['peak_memory_gb'] * 1e9)}", file=sys.stderr)

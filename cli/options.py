@@ -86,6 +86,18 @@ Chat = Annotated[
 ]
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message of a chat.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")]
+DraftModel = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-model", metavar="MODEL", help="Smaller model of the same tokens that guesses ahead: faster, same text."
+    ),
+]
+Lookup = Annotated[
+    bool, typer.Option("--lookup", help="Guess ahead that what came before comes again: faster, same text.")
+]
+DraftTokens = Annotated[
+    int, typer.Option("--draft-tokens", metavar="N", callback=_between(1, 64), help="Tokens to guess at a time.")
+]
 State = Annotated[
     str | None, typer.Option("--state", metavar="NAME", help="Named state to go on from, or the path of its file.")
 ]

@@ -11,6 +11,8 @@ from .errors import RodimusError
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
 
+    from .speculative import Guesser
+
 ROLE_TAG = "<role>"  # opens the next turn: a model that writes it has ended its answer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -23,6 +25,7 @@ def stream_generate(
     *,
     max_tokens: int = 256,
     stop: Sequence[str] = (),
+    guesser: Guesser | None = None,
     **options: Any,
 ) -> Iterator[GenerationResponse]:
     """Generate token by token.
@@ -33,7 +36,10 @@ def stream_generate(
             whose answer also ends at a ``<role>`` tag.
         max_tokens: at most this many; -1 for no limit.
         stop: strings that end the text. They are found across token borders and never shown.
-        **options: for ``mlx_lm.generate.generate_step``: ``sampler``, ``logits_processors``, ``prompt_cache``, ...
+        guesser: guesses tokens for speculative decoding, which changes the speed but not the text: a fresh
+            ``DraftModel`` or ``PromptLookup`` of ``rodimus_mlx.speculative``.
+        **options: for ``mlx_lm.generate.generate_step``: ``sampler``, ``logits_processors``, ``prompt_cache``, ...;
+            with a guesser, for ``speculative_steps``.
 
     Yields:
         ``mlx_lm.generate.GenerationResponse``; the texts joined are the answer. The last one's ``finish_reason``
@@ -45,7 +51,16 @@ def stream_generate(
     tokens = encode_prompt(model, tokenizer, prompt)
     if is_conversation(prompt):
         stop = [*stop, ROLE_TAG]
-    return _stream(model, tokenizer, tokens, max_tokens, StopStrings(stop), options)
+    responses: Iterator[GenerationResponse]
+    if guesser is None:
+        from mlx_lm.generate import stream_generate as mlx_stream_generate
+
+        responses = mlx_stream_generate(model, tokenizer, tokens, max_tokens=max_tokens, **options)
+    else:
+        from .speculative import speculative_responses
+
+        responses = speculative_responses(model, tokenizer, tokens, guesser, max_tokens=max_tokens, **options)
+    return _until_stop(responses, StopStrings(stop))
 
 
 def generate(model: Any, tokenizer: Any, prompt: Prompt, **options: Any) -> str:
@@ -145,12 +160,8 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
-def _stream(
-    model: Any, tokenizer: Any, tokens: list[int], max_tokens: int, stops: StopStrings, options: dict[str, Any]
-) -> Iterator[GenerationResponse]:
-    from mlx_lm.generate import stream_generate as mlx_stream_generate
-
-    for response in mlx_stream_generate(model, tokenizer, tokens, max_tokens=max_tokens, **options):
+def _until_stop(responses: Iterator[GenerationResponse], stops: StopStrings) -> Iterator[GenerationResponse]:
+    for response in responses:
         text, stopped = stops.feed(response.text)
         if stopped:
             yield replace(response, text=text, finish_reason="stop")
