@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .cache import update
 from .config import RodimusConfig
 
 QUERY_BLOCK = 1024  # queries that share one block of scores
@@ -90,32 +91,46 @@ class SharedKeyAttention(nn.Module):
 
     def __call__(self, x: mx.array, masks: AttentionMasks | None = None, cache: Any = None) -> mx.array:
         """Attend over x [B, T, d] and what the cache holds, and move the cache on by T tokens."""
-        return self.out_proj(self.attend(self.qkv_proj(x), masks, cache))
+        offset = mx.array(0 if cache is None else cache.offset)
+        return self.output(self.attend(*self.project(x, offset), masks, cache))
 
-    def attend(self, qkv: mx.array, masks: AttentionMasks | None = None, cache: Any = None) -> mx.array:
-        """The heads' outputs side by side, [B, T, d], from the projections q | k | v [B, T, (H + Hk + Hv) * head]."""
-        batch, length, _ = qkv.shape
-        num_heads, num_k, num_v = self.heads
+    def project(self, x: mx.array, offset: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """x [B, T, d], whose first token stands at `offset` (one number, or [B]), to rotated queries, keys and values.
+
+        Returns: q [B, H, T, head], k [B, 1, T, Hk * head] and v [B, 1, T, Hv * head].
+        """
+        batch, length, _ = x.shape
+        num_heads, num_k, _ = self.heads
         split = (num_heads + num_k) * self.head_dim
+        qkv = self.qkv_proj(x)
         qk = qkv[..., :split].reshape(batch, length, num_heads + num_k, self.head_dim).swapaxes(1, 2)
         if self.rope_dims:
-            offset = 0 if cache is None else cache.offset
             qk = mx.fast.rope(
                 qk, self.rope_dims, traditional=False, base=self.rope_base, scale=1.0, offset=offset
             )  # [B, H + Hk, T, head]
-        q = qk[:, :num_heads]
-        k = self._fold(qk[:, num_heads:])  # [B, 1, T, Hk * head]
-        v = qkv[:, None, :, split:]  # [B, 1, T, Hv * head]
+        k, v = self._fold(qk[:, num_heads:]), qkv[:, None, :, split:]
+        if length > 1:  # a cache that keeps a view keeps all that it is a view of
+            k, v = mx.contiguous(k), mx.contiguous(v)
+        return qk[:, :num_heads], k, v
+
+    def attend(
+        self, q: mx.array, k: mx.array, v: mx.array, masks: AttentionMasks | None = None, cache: Any = None
+    ) -> mx.array:
+        """The heads' outputs [B, H, T, head] from `project`'s, after what the cache holds."""
         starts = None
+        length = q.shape[2]
         if cache is not None:
-            k, v = cache.update_and_fetch(k, v)
+            k, v = update(cache, k, v)
             starts = getattr(cache, "left_padding", None)  # the first real key of each row, in a batch
-        k, v = self._heads(k, num_k), self._heads(v, num_v)  # [B, H, S, head]
+        k, v = self._heads(k, self.heads[1]), self._heads(v, self.heads[2])  # [B, H, S, head]
         if length == 1 and cache is not None:
-            o = self._attention(q, k, v, None if masks is None else masks.single)
-        else:
-            o = self._banded_attention(q, k, v, masks or AttentionMasks(), starts)
-        return o.swapaxes(1, 2).reshape(batch, length, -1)
+            return self._attention(q, k, v, None if masks is None else masks.single)
+        return self._banded_attention(q, k, v, masks or AttentionMasks(), starts)
+
+    def output(self, heads: mx.array) -> mx.array:
+        """[B, H, T, head] -> [B, T, d]."""
+        batch, _, length, _ = heads.shape
+        return self.out_proj(heads.swapaxes(1, 2).reshape(batch, length, -1))
 
     def _fold(self, x: mx.array) -> mx.array:
         """[B, heads, T, head] -> [B, 1, T, heads * head]."""

@@ -52,3 +52,15 @@ def remember(layer: Any, memory: Sequence[mx.array], length: int) -> None:
 def attention_cache(layer: Any) -> Any:
     """The attention's part of a layer's cache; None for a layer without attention, or without a cache."""
     return layer[1] if isinstance(layer, CacheList) else None
+
+
+def update(cache: Any, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    """`cache.update_and_fetch`, after which a rotating cache holds no more than its window.
+
+    Stock, it keeps a whole prompt's keys and values until the next token; what it would cut then is cut now.
+    """
+    keys, values = cache.update_and_fetch(keys, values)
+    if isinstance(cache, RotatingKVCache) and keys.shape[2] > cache.max_size:
+        cache.keys, cache.values = (mx.contiguous(x[..., -cache.max_size :, :]) for x in (keys, values))
+        cache._idx = cache.max_size
+    return keys, values

@@ -171,7 +171,7 @@ def _conv_gate(
             reach = reach & ~starts[:, taps - back : taps - back + length]
             shifted[taps - 1 - back] = mx.where(reach[..., None], shifted[taps - 1 - back], 0)
     c = _weighted_sum(shifted, [weight[:, i] for i in range(taps)], bias)
-    return c, _gated(u, value_bias, x), inputs[:, length:]
+    return c, _gated(u, value_bias, x), mx.contiguous(inputs[:, length:])  # a view would keep all inputs alive
 
 
 @partial(mx.compile, shapeless=True)

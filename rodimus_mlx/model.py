@@ -15,7 +15,7 @@ from .attention import AttentionMasks, SharedKeyAttention, decode_mask
 from .cache import attention_cache, make_cache, mixer_cache, recall, remember
 from .compiled import CompiledParts
 from .config import RodimusConfig
-from .layer_ops import PADDING, START, TOKEN, add_norm, norm, swiglu
+from .layer_ops import START, TOKEN, add_norm, norm, swiglu
 from .mixer import DDTSMixer
 
 
@@ -80,48 +80,48 @@ class RodimusPlusBlock(RodimusBlock):
         length = h.shape[1]
         modules = [self.mixer_norm, self.mixer, self.attn_norm, self.attn]
         before = self.compiled.part(self, self._before_attention, modules, length)
-        m, qkv, *memory = before(h, delta, *recall(cache), masks.marks)
+        m, q, k, v, *memory = before(h, delta, masks.offset, *recall(cache), masks.marks)
         remember(cache, memory, length)
-        heads = self.attn.attend(qkv, masks.attention, attention_cache(cache))
+        heads = self.attn.attend(q, k, v, masks.attention, attention_cache(cache))
         after = self.compiled.part(self, self._after_attention, [self.attn, self.ffn_norm, self.ffn], length)
         return m, after(m, heads)
 
     def _before_attention(
-        self, h: mx.array, delta: mx.array | None, *memory_and_marks: mx.array | None
+        self, h: mx.array, delta: mx.array | None, offset: mx.array, *memory_and_marks: mx.array | None
     ) -> tuple[mx.array, ...]:
         h, mixed, *memory = self._mix(h, delta, *memory_and_marks)
         m, x = add_norm(h, mixed, self.attn_norm.weight, self.attn_norm.eps, self.training)
-        return m, self.attn.qkv_proj(x), *memory
+        return m, *self.attn.project(x, offset), *memory
 
     def _after_attention(self, m: mx.array, heads: mx.array) -> mx.array:
-        a = self.attn.out_proj(heads)
+        a = self.attn.output(heads)
         return self.ffn(norm(m, self.ffn_norm.weight, self.ffn_norm.eps, a, self.training))
 
 
 class Masks:
-    """What the layers must know of padding and documents, worked out once for all of them.
+    """What the layers must know of padding, documents and place, worked out once for all of them.
 
     marks: [B, L] uint8 for the mixers, as in layer_ops; None: every token is real, and one document a row.
+    offset: the place of the first token, one number or [B].
     """
 
     def __init__(self, length: int, mask: mx.array | None, documents: mx.array | None, cache: list[Any] | None):
+        self.marks = None
+        self.offset = mx.array(0)
+        if documents is not None:
+            first = mx.pad(documents[:, 1:] != documents[:, :-1], [(0, 0), (1, 0)], constant_values=True)
+            self.marks = mx.where(first, START, TOKEN).astype(mx.uint8)
+            documents = mx.cumsum(first, axis=1)  # a number used again is another document
         if cache is None:
-            self.marks = _marks(mask, documents)
             self.attention = AttentionMasks(mask, documents)
-            return
-        if mask is not None or documents is not None:
-            raise ValueError("mask and documents go without a cache: a cache knows its own padding")
-        keys = attention_cache(cache[0])
-        self.marks = _marks(mixer_cache(cache[0]).make_mask(length), None)
-        self.attention = AttentionMasks(single=decode_mask(keys) if keys is not None and length == 1 else None)
-
-
-def _marks(mask: mx.array | None, documents: mx.array | None) -> mx.array | None:
-    if documents is not None:
-        first = mx.pad(documents[:, 1:] != documents[:, :-1], [(0, 0), (1, 0)], constant_values=True)
-        marks = mx.where(first, START, TOKEN).astype(mx.uint8)
-        return marks if mask is None else mx.where(mask, marks, PADDING)
-    return None if mask is None else mask.astype(mx.uint8)
+        else:
+            mask = mixer_cache(cache[0]).make_mask(length)
+            keys = attention_cache(cache[0])
+            self.attention = AttentionMasks(single=decode_mask(keys) if keys is not None and length == 1 else None)
+            if keys is not None:
+                self.offset = mx.array(keys.offset)
+        if mask is not None:
+            self.marks = mask.astype(mx.uint8)
 
 
 class RodimusModel(nn.Module):
@@ -186,13 +186,17 @@ class Model(nn.Module):
         Shapes:
             tokens: [B, L] integers
             cache: from `make_cache`, moved on by L tokens; the result does not depend on how a text is cut into calls
-            mask: [B, L] bool, False for padding; without a cache only (a cache knows its own padding)
-            documents: [B, L] integers, where several documents are packed in a row: each number's tokens get the
-                logits that they would get alone; without a cache only
+            mask: [B, L] bool, False for padding; without a cache, which knows its own padding
+            documents: [B, L] integers, where several documents are packed in a row: each run of a number's tokens gets
+                the logits that it would get alone; without a cache, and without a mask (padding is one more document)
 
         Returns:
             logits [B, L, vocab], in the type of the weights.
+
+        Raises:
+            ValueError: where mask or documents have another shape than tokens, or do not go with the rest.
         """
+        _check(tokens, cache, mask, documents)
         return self.head(self.model(tokens, cache, mask, documents))
 
     def head(self, h: mx.array) -> mx.array:
@@ -213,6 +217,16 @@ class Model(nn.Module):
         from .convert.mapping import map_weights  # only mlx-lm's own loader comes this way
 
         return map_weights(weights, self.args)
+
+
+def _check(tokens: mx.array, cache: list[Any] | None, mask: mx.array | None, documents: mx.array | None) -> None:
+    for name, x in (("mask", mask), ("documents", documents)):
+        if x is not None and x.shape != tokens.shape:
+            raise ValueError(f"{name} must have the shape of tokens, {tokens.shape}, not {x.shape}")
+        if x is not None and cache is not None:
+            raise ValueError(f"{name} goes without a cache: a cache knows its own padding")
+    if mask is not None and documents is not None:
+        raise ValueError("give mask or documents, not both: padding is one more document")
 
 
 ModelArgs = RodimusConfig  # mlx-lm's name for it

@@ -19,6 +19,7 @@ from .kernels.launch import Backend
 from .layer_ops import PADDING, START, gate_norm, norm
 
 FEW_TOKENS = 8  # up to here the state stays in one kernel's registers, token by token
+SMALLEST = 1e-37  # a selection gate that underflows: its logarithm, and the gradient of that, must stay finite
 FORGET = -1e4  # a log decay after which nothing is left: exp of it is 0 in float32
 
 
@@ -113,7 +114,8 @@ def mix(
     Returns: [B, T, D] in the type of c, and the state after the last token [B, n, D] in float32.
     """
     backend = active_backend()
-    if backend is not None and not differentiable and qkgt.shape[1] <= FEW_TOKENS:
+    few = qkgt.shape[1] <= FEW_TOKENS and gate_bias.shape[0] <= 2 * launchers.STEP_KEYS
+    if backend is not None and not differentiable and few:
         if state is None:
             state = mx.zeros((v.shape[0], gate_bias.shape[0] // 2, v.shape[2]), mx.float32)
         y, state = launchers.step(qkgt, gate_bias, norm_floor, v, c, xz, residual_weight, state, marks, backend)
@@ -134,10 +136,10 @@ def gates(qkgt: mx.array, bias: mx.array, norm_floor: float) -> tuple[mx.array, 
 
 @partial(mx.compile, shapeless=True)
 def _select(k: mx.array, gate: mx.array, temperature: mx.array, floor: mx.array) -> tuple[mx.array, mx.array]:
-    gate = mx.logaddexp(gate, 0.0)
+    gate = mx.maximum(mx.logaddexp(gate, 0.0), SMALLEST)
     temperature = mx.sigmoid(temperature)
-    k = k / mx.maximum(mx.sqrt((k * k).sum(axis=-1, keepdims=True)), floor)
-    return k * gate**temperature, -gate * temperature
+    k = k * mx.rsqrt(mx.maximum((k * k).sum(axis=-1, keepdims=True), floor * floor))
+    return k * mx.exp(temperature * mx.log(gate)), -gate * temperature
 
 
 def _plain(

@@ -47,42 +47,13 @@ FN void gate_part(
     a[j] = 1.0f;
     squares += k[j] * k[j];
   }
-  const float norm = fmaxf(sqrtf(sum_parts<PARTS>(squares)), norm_floor);
+  const float scale = rsqrtf(fmaxf(sum_parts<PARTS>(squares), norm_floor * norm_floor));
   for (int j = 0; j < EACH; j++) {
     const uint n = PARTS * j + part;
     if (exists && n < uint(N)) {
       const float g = static_cast<float>(at[2 * N + n]) + static_cast<float>(gate_bias[n]);
       const float tau = static_cast<float>(at[3 * N + n]) + static_cast<float>(gate_bias[N + n]);
-      select(k[j] / norm, g, tau, mark, k[j], a[j]);
-    }
-  }
-}
-
-// The same by a whole simdgroup, into threadgroup arrays: lane l works on features l, l + 32, ...
-template <int N, typename P, typename Q>
-FN void gate_token(
-    P at, Q gate_bias, float norm_floor, uint mark, uint lane,
-    THREADGROUP float* q_row, THREADGROUP float* k_row, THREADGROUP float* a_row) {
-  constexpr int LANES = (N + 31) / 32;
-  float keys[LANES];
-  float squares = 0.0f;
-  for (int l = 0; l < LANES; l++) {
-    const uint n = lane + 32 * l;
-    keys[l] = n < uint(N) ? static_cast<float>(at[N + n]) : 0.0f;
-    squares += keys[l] * keys[l];
-  }
-  const float norm = fmaxf(sqrtf(simd_sum(squares)), norm_floor);
-  for (int l = 0; l < LANES; l++) {
-    const uint n = lane + 32 * l;
-    if (n < uint(N)) {
-      const float g = static_cast<float>(at[2 * N + n]) + static_cast<float>(gate_bias[n]);
-      const float tau = static_cast<float>(at[3 * N + n]) + static_cast<float>(gate_bias[N + n]);
-      float key = 0.0f;
-      float decay = 0.0f;
-      select(keys[l] / norm, g, tau, mark, key, decay);
-      q_row[n] = static_cast<float>(at[n]) * rsqrtf(float(N));
-      k_row[n] = key;
-      a_row[n] = decay;
+      select(k[j] * scale, g, tau, mark, k[j], a[j]);
     }
   }
 }
