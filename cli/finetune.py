@@ -137,8 +137,13 @@ def run(
     from ..finetune.run import finetune
 
     with _Progress() as progress:
-        finetune(**places, settings=settings, resume=resume, observers=[progress])
-    print(f"{places['out']}: use it by rodimus-mlx generate --model {places['model']} --adapter {places['out']}")
+        try:
+            finetune(**places, settings=settings, resume=resume, observers=[progress])
+        except KeyboardInterrupt:
+            progress.note(f"interrupted; the same command with --resume goes on from step {progress.saved}")
+            raise
+    if progress.done:  # of several processes, the first
+        print(f"{places['out']}: use it by rodimus-mlx generate --model {places['model']} --adapter {places['out']}")
 
 
 def _plain(value: Any) -> Any:
@@ -154,6 +159,8 @@ class _Progress:
         from ..finetune.report import describe
 
         self.describe: Callable[[dict[str, Any]], list[str]] = describe
+        self.saved = 0
+        self.done = False
         self.bar = tqdm(total=0, unit="step", disable=None, leave=False, file=sys.stderr, dynamic_ncols=True)
 
     def __enter__(self) -> _Progress:
@@ -165,12 +172,19 @@ class _Progress:
     def __call__(self, event: dict[str, Any]) -> None:
         if event["event"] == "start":
             self.bar.total, self.bar.initial = event["iters"], event["step"]
-            self.bar.n = event["step"]
+            self.bar.n = self.saved = event["step"]
         elif event["event"] == "step":
             self.bar.update(1)
             self.bar.set_postfix(loss=f"{event['loss']:.4f}", refresh=False)
+        elif event["event"] == "save":
+            self.saved = event["step"]
+        self.done = event["event"] == "end"
         for line in self.describe(event):
-            if self.bar.disable:
-                print(line, file=sys.stderr, flush=True)
-            else:
-                self.bar.write(line, file=sys.stderr)
+            self.note(line)
+
+    def note(self, line: str) -> None:
+        """A line above the bar."""
+        if self.bar.disable:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            self.bar.write(line, file=sys.stderr)

@@ -111,12 +111,15 @@ def fit(samples: Sequence[Sample], seq_len: int, long: str) -> list[Sample]:
         stacklevel=2,
     )
     result: list[Sample] = []
+    lost = 0
     for each in samples:
         stop = each.length if long == "split" else 1
-        for begin in range(0, stop, seq_len):
-            piece = Sample(each.tokens[begin : begin + seq_len + 1], each.learn[begin : begin + seq_len])
-            if piece.learn.any():
-                result.append(piece)
+        cut = [slice(begin, begin + seq_len) for begin in range(0, stop, seq_len)]
+        pieces = [Sample(each.tokens[c.start : c.stop + 1], each.learn[c]) for c in cut if each.learn[c].any()]
+        result += pieces
+        lost += not pieces
+    if lost:
+        warnings.warn(f"{lost} samples have nothing to learn before --seq-len: left out", RodimusWarning, stacklevel=2)
     return result
 
 

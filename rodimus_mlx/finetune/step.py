@@ -33,6 +33,19 @@ _IN_FLOAT32 = (
 )
 
 
+def compute_dtype(model: Any, wanted: str) -> mx.Dtype:
+    """The type to compute in: the model's own unless told otherwise; never 16 bit on a CPU, nor float16.
+
+    bfloat16 in place of float16 because gradients may be too small for the latter.
+    """
+    if wanted != "auto":
+        return {"float32": mx.float32, "bfloat16": mx.bfloat16}[wanted]
+    own = model.model.norm_f.weight.dtype
+    if own == mx.float32 or mx.default_device() == mx.cpu:
+        return mx.float32
+    return mx.bfloat16
+
+
 def gradient_function(model: Any, dtype: mx.Dtype, keys: Keys) -> Callable[..., tuple[mx.array, Any, Parameters]]:
     """A function (parameters, batch, memory, key, scale, total) -> (loss, memory, total).
 

@@ -33,7 +33,15 @@ from .parameters import Parameters, named, nested, read, take
 from .recompute import recompute_layers
 from .segments import empty_memory
 from .settings import Settings
-from .step import gradient_function, initial_optimizer_state, loss_function, on_device, pieces, update_function
+from .step import (
+    compute_dtype,
+    gradient_function,
+    initial_optimizer_state,
+    loss_function,
+    on_device,
+    pieces,
+    update_function,
+)
 
 Event = dict[str, Any]
 Observer = Callable[[Event], None]
@@ -82,19 +90,6 @@ def train(
     return run.go()
 
 
-def compute_dtype(model: Any, wanted: str) -> mx.Dtype:
-    """The type to compute in: the model's own unless told otherwise; never 16 bit on a CPU, nor float16.
-
-    bfloat16 in place of float16 because gradients may be too small for the latter.
-    """
-    if wanted != "auto":
-        return {"float32": mx.float32, "bfloat16": mx.bfloat16}[wanted]
-    own = model.model.norm_f.weight.dtype
-    if own == mx.float32 or mx.default_device() == mx.cpu:
-        return mx.float32
-    return mx.bfloat16
-
-
 class _Run:
     """What a run holds on to."""
 
@@ -117,6 +112,12 @@ class _Run:
         if len(self.plan.rows) < rows:
             what = "rows of packed samples" if settings.packing else "samples"
             raise RodimusError(f"{len(self.plan.rows)} {what} do not fill a batch of {rows}; lower --batch-size")
+        largest = max(int(each.tokens.max()) for each in (*samples, *valid))
+        if largest >= model.args.vocab_size:
+            raise RodimusError(
+                f"the data has token {largest}, but the model's vocabulary has {model.args.vocab_size}: "
+                "is this the model's tokenizer?"
+            )
         self.valid_batches = lambda: in_order(valid, **shape)
         epoch = self.plan.batches_in_epoch / settings.grad_accumulation
         self.iters = settings.iters or max(1, round(settings.epochs * epoch))

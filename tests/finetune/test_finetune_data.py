@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,7 +113,7 @@ def test_places_that_are_not_data(tmp_path, monkeypatch):
         load_data(tmp_path)
     with pytest.raises(RodimusError, match=r"is neither a folder with train\.jsonl nor the name of a data set"):
         load_data(tmp_path / "missing")
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(RodimusError, match="install 'datasets'"):
         load_data("owner/name")
 
@@ -141,6 +143,23 @@ def test_long_samples_are_split_into_pieces_with_every_target():
     assert [p.tokens.tolist() for p in pieces] == [[4, 5, 6, 7, 8], [8, 9, 10]]  # the first piece has no target
     targets = np.concatenate([p.tokens[1:][p.learn] for p in pieces])
     assert targets.tolist() == [6, 7, 8, 9, 10]
+
+
+def test_answers_that_lie_beyond_the_cut_are_left_out_and_said():
+    with pytest.warns(RodimusWarning) as warned:
+        assert fit([sample(range(11), learn_from=8)], 4, "truncate") == []
+    assert "1 samples have nothing to learn before --seq-len: left out" in str(warned[1].message)
+
+
+def test_a_data_set_of_the_hub(monkeypatch, tokenizer):
+    splits = {"train": [TEXT, TEXT], "validation": [TEXT]}
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name: splits))
+    train, valid = load_data("owner/name")
+    assert [record.where for record in train] == ["owner/name row 0", "owner/name row 1"]
+    assert len(tokenize(valid, tokenizer, mask_prompt=False, chat=False)) == 1
+    splits.pop("train")
+    with pytest.raises(RodimusError, match="has no split 'train'; it has validation"):
+        load_data("owner/name")
 
 
 def test_samples_that_fit_are_left_alone():

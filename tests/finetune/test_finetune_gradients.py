@@ -58,6 +58,18 @@ def test_goldens(name, again):
     assert errors and max(errors.values()) <= GRADIENT
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
+def test_low_rank_gradients_compiled(again, monkeypatch):
+    batch = whole_batch(np.random.default_rng(6).integers(0, 61, (2, 33)))
+    segments = cut_at(batch, [16, 16])
+    choices = Settings(grad_checkpoint=again)
+    loss, expected = loss_and_gradients(small_model(), segments, 1.0, choices, carry=True)
+    monkeypatch.setattr(step, "compiled", mx.compile)  # as on a GPU
+    compiled_loss, gradients = loss_and_gradients(small_model(), segments, 1.0, choices, carry=True)
+    assert compiled_loss == pytest.approx(loss, rel=LOSS)
+    assert_same(gradients, expected, SAME)
+
+
 def test_goldens_compiled_and_in_parts_of_the_vocabulary(monkeypatch):
     monkeypatch.setattr(step, "compiled", mx.compile)  # as on a GPU
     monkeypatch.setattr(step, "tokens_in_part", lambda *_: 7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +21,8 @@ from rodimus_mlx.finetune.optimizer import learning_rate
 from rodimus_mlx.finetune.parameters import named
 from rodimus_mlx.finetune.report import describe, plot
 from rodimus_mlx.finetune.settings import Settings, from_options, read_config
-from rodimus_mlx.finetune.trainer import compute_dtype, train
+from rodimus_mlx.finetune.step import compute_dtype
+from rodimus_mlx.finetune.trainer import train
 
 SAME = 1e-5  # float32 sums in another order
 LEARN = {"learning_rate": 0.01, "seq_len": 40}
@@ -128,6 +130,11 @@ def test_fewer_samples_than_a_batch():
         train(small_model(), random_samples(3), Settings(**LEARN, iters=1))
 
 
+def test_tokens_beyond_the_vocabulary():
+    with pytest.raises(RodimusError, match="the data has token 61, but the model's vocabulary has 61"):
+        train(small_model(), [sample([1, 61])] * 4, Settings(**LEARN, iters=1))
+
+
 def test_epochs():
     result = train(small_model(), random_samples(10), Settings(**LEARN, epochs=2, grad_accumulation=2, batch_size=2))
     assert result.steps == 5
@@ -196,7 +203,7 @@ def test_lines_for_people():
 
 
 def test_the_plot_is_optional(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert not plot(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
 
 

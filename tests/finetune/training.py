@@ -53,6 +53,10 @@ def loss_and_gradients(
 ) -> tuple[float, Parameters]:
     """What the trainer computes for one step; with ``carry`` the batches are segments of the same rows."""
     parameters = {name: p.astype(mx.float32) for name, p in prepare(model, settings).items()}
+    random = np.random.default_rng(8)
+    for name in parameters:
+        if name.endswith("lora_b"):  # zeros at first, which hide what comes before them
+            parameters[name] = mx.array(0.1 * random.standard_normal(parameters[name].shape), mx.float32)
     keys = key_dropouts(model, settings.dropout)
     if settings.grad_checkpoint:
         recompute_layers(model)
