@@ -10,7 +10,7 @@ import mlx.nn as nn
 from .cache import update
 from .config import RodimusConfig
 
-QUERY_BLOCK = 1024  # queries that share one block of scores
+QUERY_BLOCK = 1024  # queries that share one block of scores, at most; a narrow window gets narrower blocks
 
 
 class AttentionMasks:
@@ -155,9 +155,10 @@ class SharedKeyAttention(nn.Module):
         length, total = q.shape[2], k.shape[2]
         past = total - length
         window = total if self.window is None else self.window
+        size = min(QUERY_BLOCK, max(256, (window + 127) // 128 * 128))
         outputs = []
-        for begin in range(0, length, QUERY_BLOCK):
-            end = min(begin + QUERY_BLOCK, length)
+        for begin in range(0, length, size):
+            end = min(begin + size, length)
             first, last = max(0, past + begin - window + 1), past + end  # the keys that the block's queries see
             mask = masks.block((begin, end), (first, last), window, past, starts, q.dtype)
             outputs.append(self._attention(q[:, :, begin:end], k[:, :, first:last], v[:, :, first:last], mask))

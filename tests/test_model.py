@@ -96,7 +96,6 @@ def test_left_padding_beyond_a_block():
     assert largest_difference(actual[1, padding:], model(tokens[1:, padding:])[0]) <= SAME
 
 
-@pytest.mark.xfail(strict=True, reason="the gradient of |k| is NaN where k is 0")
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 def test_gradients_where_keys_are_zero(padded):
     """Convolutions of zeros give keys of length 0: their direction is undefined, the model's gradient is not."""

@@ -84,18 +84,20 @@ def test_beyond_a_block_of_queries():
         assert largest_difference(packed[:, a:b], model(tokens[:, a:b])) <= LOGITS
 
 
-LOST_START = pytest.mark.xfail(strict=True, reason="padding at a document's first token hides that it starts there")
-
-
-@pytest.mark.parametrize("padding", ["behind", "before", pytest.param("between", marks=LOST_START)])
-def test_with_padding(model, padding):
-    """Padding beside documents, numbered as the document behind it or before it."""
+def test_padding_is_one_more_document(model):
+    """Padding needs no mask beside documents: it takes a number of its own."""
     tokens = random_tokens(model, 1, 60)
-    real, documents = np.zeros(60, bool), number([0, 20, 60], [0, 1])
-    spans = {"behind": [(0, 20), (20, 50)], "before": [(7, 20), (20, 60)], "between": [(0, 20), (26, 60)]}[padding]
-    for a, b in spans:
-        real[a:b] = True
-    packed = model(tokens, mask=mx.array(real)[None], documents=mx.array(documents)[None])
-    assert mx.all(mx.isfinite(packed)).item()
-    for a, b in spans:
+    documents = np.repeat([0, 7, 1], [20, 6, 34])
+    packed = model(tokens, documents=mx.array(documents)[None])
+    for a, b in [(0, 20), (26, 60)]:
         assert largest_difference(packed[:, a:b], model(tokens[:, a:b])) <= LOGITS
+    with pytest.raises(ValueError, match="not both"):
+        model(tokens, mask=mx.ones((1, 60), dtype=mx.bool_), documents=mx.array(documents)[None])
+
+
+def test_a_number_used_again_is_another_document(model):
+    """Documents are runs of a number."""
+    tokens = random_tokens(model, 1, 60)
+    packed = model(tokens, documents=mx.array(np.repeat([0, 1, 0], 20))[None])
+    for a in (0, 20, 40):
+        assert largest_difference(packed[:, a : a + 20], model(tokens[:, a : a + 20])) <= LOGITS
