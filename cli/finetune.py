@@ -95,7 +95,7 @@ def run(
         bool | None,
         typer.Option("--chat/--no-chat", help="Put prompts as a chat.  [default: by the model]"),
     ] = None,
-    learning_rate: Annotated[Number, typer.Option(help="[default: 1e-4; full 1e-5; state 1e-2]")] = None,
+    learning_rate: Annotated[Number, typer.Option(help="[default: 1e-4; full 1e-5; state 5e-2]")] = None,
     schedule: Annotated[Schedule | None, typer.Option(help="[default: constant]")] = None,
     final_learning_rate: Annotated[Number, typer.Option(help="Where linear and cosine end.  [default: 0]")] = None,
     warmup: Annotated[Whole, typer.Option(help="Steps of rising learning rate.  [default: 0]")] = None,

@@ -85,4 +85,5 @@ def _scores(c: RodimusConfig, size: int, rows: int, length: int) -> int:
     if not c.has_attention or (mx.default_device() == mx.gpu and not mx.metal.is_available()):
         return 0
     window = length if c.window_keys is None else c.window_keys
-    return rows * c.num_heads * length * min(length, QUERY_BLOCK + window) * size
+    keys = min(length, min(QUERY_BLOCK, max(256, window)) + window)  # that a block of queries meets
+    return rows * c.num_heads * length * keys * size

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from ..errors import RodimusError
+from ..errors import RodimusError, RodimusWarning
 from ..loading import load
 from ..tokenizer import is_chat_model
 from . import report
@@ -54,6 +55,8 @@ def finetune(
         found = tokenize(records, tokenizer, mask_prompt=settings.mask_prompt, chat=chat)
         return fit(found, settings.seq_len, settings.long)
 
+    if not first:
+        warnings.simplefilter("ignore", RodimusWarning)  # the first process says it for all
     training = samples(train_records)
     if not training:
         raise RodimusError(f"{data}: the training data has no sample to learn from")

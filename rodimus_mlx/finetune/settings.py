@@ -15,7 +15,7 @@ OPTIMIZERS = ("adamw", "adam", "muon", "sgd", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine")
 LONG = ("truncate", "split")
 DTYPES = ("auto", "float32", "bfloat16")
-LEARNING_RATES = {"lora": 1e-4, "dora": 1e-4, "full": 1e-5, "state": 1e-2}
+LEARNING_RATES = {"lora": 1e-4, "dora": 1e-4, "full": 1e-5, "state": 5e-2}
 ITERS = 1000  # where neither steps nor epochs are given
 
 # mlx-lm's names in a config file for ours.
