@@ -178,6 +178,16 @@ def test_the_predicted_memory_is_near_the_measured(block_type, again):
     assert 0.6 < predicted / (mx.get_peak_memory() - resting) < 1.6
 
 
+def test_segments_take_the_memory_of_one():
+    peaks = []
+    for length in (512, 4096):
+        samples = [sample(np.arange(length + 1) % 61)]
+        settings = Settings(iters=2, batch_size=1, seq_len=4096, segment=256)
+        train(small_model(), samples, settings)
+        peaks.append(mx.get_peak_memory())
+    assert peaks[1] < 1.1 * peaks[0]
+
+
 def test_advice_where_memory_is_short():
     model, settings = small_model(n_layer=12), Settings(seq_len=4096)
     choices = (model, 1000, settings, mx.float32, 4096)
