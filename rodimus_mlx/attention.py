@@ -92,7 +92,7 @@ class SharedKeyAttention(nn.Module):
     def __call__(self, x: mx.array, masks: AttentionMasks | None = None, cache: Any = None) -> mx.array:
         """Attend over x [B, T, d] and what the cache holds, and move the cache on by T tokens."""
         offset = mx.array(0 if cache is None else cache.offset)
-        return self.output(self.attend(*self.project(x, offset), masks, cache))
+        return self.out_proj(self.attend(*self.project(x, offset), masks, cache))
 
     def project(self, x: mx.array, offset: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """x [B, T, d], whose first token stands at `offset` (one number, or [B]), to rotated queries, keys and values.
@@ -116,7 +116,7 @@ class SharedKeyAttention(nn.Module):
     def attend(
         self, q: mx.array, k: mx.array, v: mx.array, masks: AttentionMasks | None = None, cache: Any = None
     ) -> mx.array:
-        """The heads' outputs [B, H, T, head] from `project`'s, after what the cache holds."""
+        """The heads' outputs side by side, [B, T, d], from `project`'s and what the cache holds."""
         starts = None
         length = q.shape[2]
         if cache is not None:
@@ -126,11 +126,6 @@ class SharedKeyAttention(nn.Module):
         if length == 1 and cache is not None:
             return self._attention(q, k, v, None if masks is None else masks.single)
         return self._banded_attention(q, k, v, masks or AttentionMasks(), starts)
-
-    def output(self, heads: mx.array) -> mx.array:
-        """[B, H, T, head] -> [B, T, d]."""
-        batch, _, length, _ = heads.shape
-        return self.out_proj(heads.swapaxes(1, 2).reshape(batch, length, -1))
 
     def _fold(self, x: mx.array) -> mx.array:
         """[B, heads, T, head] -> [B, 1, T, heads * head]."""
@@ -146,7 +141,8 @@ class SharedKeyAttention(nn.Module):
         return x if heads == self.heads[0] else mx.tile(x, (1, self.heads[0] // heads, 1, 1))
 
     def _attention(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) -> mx.array:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
+        heads = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
+        return heads.swapaxes(1, 2).reshape(q.shape[0], q.shape[2], -1)
 
     def _banded_attention(
         self, q: mx.array, k: mx.array, v: mx.array, masks: AttentionMasks, starts: mx.array | None
@@ -162,7 +158,7 @@ class SharedKeyAttention(nn.Module):
             first, last = max(0, past + begin - window + 1), past + end  # the keys that the block's queries see
             mask = masks.block((begin, end), (first, last), window, past, starts, q.dtype)
             outputs.append(self._attention(q[:, :, begin:end], k[:, :, first:last], v[:, :, first:last], mask))
-        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)
 
 
 def decode_mask(cache: Any) -> mx.array | None:

@@ -94,7 +94,7 @@ class RodimusPlusBlock(RodimusBlock):
         return m, *self.attn.project(x, offset), *memory
 
     def _after_attention(self, m: mx.array, heads: mx.array) -> mx.array:
-        a = self.attn.output(heads)
+        a = self.attn.out_proj(heads)
         return self.ffn(norm(m, self.ffn_norm.weight, self.ffn_norm.eps, a, self.training))
 
 

@@ -24,9 +24,6 @@ for (int i = 0; i < FOURS; i++) {
         x[4 * i + e] += more[e];
       }
     }
-    if (KEEP) {
-      store4(total + row + d, x + 4 * i);
-    }
   }
   for (int e = 0; e < 4; e++) {
     sum += x[4 * i + e] * x[4 * i + e];
@@ -34,6 +31,12 @@ for (int i = 0; i < FOURS; i++) {
 }
 if (!KEEP && tid == 0 && group.x == 0) {
   total[0] = static_cast<H>(0.0f);
+}
+for (int i = 0; KEEP && i < FOURS; i++) {  // after all loads, which the compiler may not move over a store
+  const uint d = 4 * (tid + i * WIDTH);
+  if (d < uint(D)) {
+    store4(total + row + d, x + 4 * i);
+  }
 }
 sum = simd_sum(sum);
 if (lane == 0) {

@@ -23,13 +23,20 @@ if (d < uint(D)) {
       window[4 * i] = window[4 * i + 1] = window[4 * i + 2] = window[4 * i + 3] = 0.0f;
     }
   }
+  float gate[4 * BLOCK];  // all loads come before the first store, which the compiler may not move them over
+  UNROLL
+  for (int i = 0; i < BLOCK; i++) {
+    if (begin + i < length) {
+      load4(u + (row + begin + i) * D + d, gate + 4 * i);
+    }
+  }
   float taps[4 * K];
   float shift[4];
   float value_shift[4];
   load4(bias + d, shift);
   load4(value_bias + d, value_shift);
-  for (int i = 0; i < 4 * K; i++) {
-    taps[i] = static_cast<float>(weight[d * K + i]);
+  for (int i = 0; i < K; i++) {
+    load4(weight + d * K + 4 * i, taps + 4 * i);
   }
   int age = K;  // tokens since the document's start, as far as the taps reach
   if (MARKS) {
@@ -43,18 +50,16 @@ if (d < uint(D)) {
     if (t < length) {
       age = MARKS && is_start(marks[row + t]) ? 0 : age + 1;
       float sum[4];
-      float gate[4];
-      load4(u + (row + t) * D + d, gate);
       for (int e = 0; e < 4; e++) {
         sum[e] = shift[e];
         for (int tap = 0; tap < K; tap++) {
           sum[e] += (!MARKS || K - 1 - tap <= age) ? taps[e * K + tap] * window[4 * (i + tap) + e] : 0.0f;
         }
         sum[e] = silu(sum[e]);
-        gate[e] = sigmoid(gate[e] + value_shift[e]) * window[4 * (i + K - 1) + e];
+        gate[4 * i + e] = sigmoid(gate[4 * i + e] + value_shift[e]) * window[4 * (i + K - 1) + e];
       }
       store4(c + (row + t) * D + d, sum);
-      store4(v + (row + t) * D + d, gate);
+      store4(v + (row + t) * D + d, gate + 4 * i);
     }
     if (t == length - 1) {
       for (int before = 0; before < K - 1; before++) {

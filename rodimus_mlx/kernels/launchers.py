@@ -73,7 +73,7 @@ def scalar(value: float) -> mx.array:
 @lru_cache(maxsize=1)
 def no_marks() -> mx.array:
     """Stands in for marks where every token is real."""
-    return mx.ones((1,), dtype=mx.uint8)
+    return mx.array([1], dtype=mx.uint8)  # made of a constant: an operation here would join the graph at hand
 
 
 def _ceil(a: int, b: int) -> int:
@@ -306,9 +306,10 @@ def gate_norm(
 def swiglu(x: mx.array, backend: Backend) -> mx.array:
     """value | gate [..., 2f] -> silu(gate) * value [..., f]."""
     width = x.shape[-1] // 2
+    rows = x.size // (2 * width)
     (out,) = _swiglu(
-        [x],
-        groups=(_ceil(width // 4, 128), x.size // (2 * width), 1),
+        [x.reshape(rows, 2 * width)],
+        groups=(_ceil(rows * width // 4, 128), 1, 1),
         threads=128,
         output_shapes=[(*x.shape[:-1], width)],
         output_dtypes=[x.dtype],

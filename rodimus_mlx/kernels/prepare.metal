@@ -13,6 +13,7 @@
 // Grid     (C / S, chunks, B) of PARTS S threads: each keeps a token s and every PARTS-th key feature, while t moves on
 
 constexpr int EACH = (N + PARTS - 1) / PARTS;
+constexpr int TOGETHER = 4;
 constexpr int COLUMNS = (N + PARTS * S - 1) / (PARTS * S);
 TG_ARRAY(float, q_tile, TILE * N);
 TG_ARRAY(float, a_tile, TILE * N);
@@ -62,25 +63,30 @@ for (uint tile = first / TILE * TILE; tile < uint(C); tile += TILE) {
       }
     }
   }
-  for (uint i = 0; i < uint(TILE); i++) {
-    const uint t = tile + i;
-    float dot = 0.0f;
-    if (t >= first) {
+  for (uint i = first > tile ? first - tile : 0; i < uint(TILE); i += TOGETHER) {
+    float dot[TOGETHER];  // together, so that their sums over threads overlap
+    for (uint e = 0; e < uint(TOGETHER); e++) {
+      dot[e] = 0.0f;
       for (int j = 0; j < EACH; j++) {
         const uint n = PARTS * j + part;
         if (n < uint(N)) {
-          key[j] = t > s ? key[j] * a_tile[i * N + n] : key[j];
-          dot += q_tile[i * N + n] * key[j];
+          key[j] = tile + i + e > s ? key[j] * a_tile[(i + e) * N + n] : key[j];
+          dot[e] += q_tile[(i + e) * N + n] * key[j];
         }
       }
-      dot = sum_parts<PARTS>(dot);
     }
-    if (part == 0) {
-      A[(chunk * C + t) * C + s] = t >= s ? dot : 0.0f;
+    for (uint e = 0; e < uint(TOGETHER); e++) {
+      dot[e] = sum_parts<PARTS>(dot[e]);
+    }
+    for (uint e = 0; e < uint(TOGETHER); e++) {
+      const uint t = tile + i + e;
+      if (part == e) {
+        A[(chunk * C + t) * C + s] = t >= s ? dot[e] : 0.0f;
+      }
     }
   }
 }
-for (uint t = tid / PARTS; t < first / TILE * TILE; t += S) {  // above the threadgroup's first tile
+for (uint t = tid / PARTS; t < first; t += S) {  // above the threadgroup's first token
   for (uint i = part; i < uint(S); i += PARTS) {
     A[(chunk * C + t) * C + first + i] = 0.0f;
   }

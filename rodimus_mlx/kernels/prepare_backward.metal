@@ -14,6 +14,7 @@
 // Grid     (chunks, B, 1) of PARTS C threads: each keeps a token and every PARTS-th key feature
 
 constexpr int EACH = (N + PARTS - 1) / PARTS;
+constexpr int TOGETHER = 4;  // pairs whose loads overlap
 constexpr int ROOM = 2 * TILE * N > C * N ? 2 * TILE * N : C * N;
 TG_ARRAY(float, room, ROOM);  // first a tile of q or k and one of a, then sums over the chunk
 
@@ -56,23 +57,28 @@ for (uint sweep = 0; sweep < 2; sweep++) {
       }
     }
     TG_BARRIER();
-    for (uint turn = 0; turn < uint(TILE); turn++) {
-      const uint i = forward ? turn : TILE - 1 - turn;
-      const uint other = tile + i;
-      if (forward ? other > own : other < own) {
+    for (uint turn = 0; turn < uint(TILE); turn += TOGETHER) {
+      float d_pair[TOGETHER];
+      for (uint e = 0; e < uint(TOGETHER); e++) {
+        const uint other = tile + (forward ? turn + e : TILE - 1 - turn - e);
         const size_t pair = forward ? other * C + own : own * C + other;
-        const float d_pair = d_A[chunk * C * C + pair];
-        for (int j = 0; j < EACH; j++) {
-          const uint n = PARTS * j + part;
-          if (n < uint(N)) {
-            const float theirs = d_pair * room[i * N + n];
-            const float a_other = room[(TILE + i) * N + n];
-            if (forward) {
-              decay[j] *= a_other;
-              d_k[j] += theirs * decay[j];
-            } else {
-              d_q[j] += theirs * decay[j];
-              decay[j] *= a_other;
+        d_pair[e] = (forward ? other > own : other < own) ? d_A[chunk * C * C + pair] : 0.0f;
+      }
+      for (uint e = 0; e < uint(TOGETHER); e++) {
+        const uint i = forward ? turn + e : TILE - 1 - turn - e;
+        if (forward ? tile + i > own : tile + i < own) {
+          for (int j = 0; j < EACH; j++) {
+            const uint n = PARTS * j + part;
+            if (n < uint(N)) {
+              const float theirs = d_pair[e] * room[i * N + n];
+              const float a_other = room[(TILE + i) * N + n];
+              if (forward) {
+                decay[j] *= a_other;
+                d_k[j] += theirs * decay[j];
+              } else {
+                d_q[j] += theirs * decay[j];
+                decay[j] *= a_other;
+              }
             }
           }
         }
