@@ -114,16 +114,25 @@ class SharedKeyAttention(nn.Module):
         return qk[:, :num_heads], k, v
 
     def attend(
-        self, q: mx.array, k: mx.array, v: mx.array, masks: AttentionMasks | None = None, cache: Any = None
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        masks: AttentionMasks | None = None,
+        cache: Any = None,
+        full: bool = False,
     ) -> mx.array:
-        """The heads' outputs side by side, [B, T, d], from `project`'s and what the cache holds."""
+        """The heads' outputs side by side, [B, T, d], from `project`'s and what the cache holds.
+
+        full: k and v hold just what every query sees, so nothing is masked.
+        """
         starts = None
         length = q.shape[2]
         if cache is not None:
             k, v = update(cache, k, v)
             starts = getattr(cache, "left_padding", None)  # the first real key of each row, in a batch
         k, v = self._heads(k, self.heads[1]), self._heads(v, self.heads[2])  # [B, H, S, head]
-        if length == 1 and cache is not None:
+        if full or (length == 1 and cache is not None):
             return self._attention(q, k, v, None if masks is None else masks.single)
         return self._banded_attention(q, k, v, masks or AttentionMasks(), starts)
 

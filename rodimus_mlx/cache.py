@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from .config import RodimusConfig
+from .kernels.backend import active_backend
 
 
 def make_cache(config: RodimusConfig) -> list[Any]:
@@ -64,3 +65,50 @@ def update(cache: Any, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.a
         cache.keys, cache.values = (mx.contiguous(x[..., -cache.max_size :, :]) for x in (keys, values))
         cache._idx = cache.max_size
     return keys, values
+
+
+def steady(cache: list[Any]) -> bool:
+    """Whether one more token changes no array's shape and needs no mask: states exist, windows are full."""
+    if active_backend() is None:
+        return False
+    for layer in cache:
+        mixer, attention = mixer_cache(layer), attention_cache(layer)
+        if mixer[1] is None or mixer.lengths is not None or mixer.left_padding is not None:
+            return False
+        if attention is not None and (
+            type(attention) is not RotatingKVCache
+            or attention.keys is None
+            or not attention.keys.shape[2] == attention.max_size <= attention.offset
+        ):
+            return False
+    return True
+
+
+def place(cache: list[Any]) -> tuple[mx.array, mx.array]:
+    """For a steady cache: the next token's place in the text, and its index in the windows, which are rings."""
+    attention = attention_cache(cache[0])
+    if attention is None:
+        return mx.array(0), mx.array([0])
+    return mx.array(attention.offset), mx.array([attention._idx % attention.max_size])
+
+
+def arrays_of(cache: list[Any]) -> list[mx.array]:
+    """All arrays of a steady cache, layer by layer: tail, state, and where there is attention keys and values."""
+    arrays = []
+    for layer in cache:
+        arrays += mixer_cache(layer).cache
+        if (attention := attention_cache(layer)) is not None:
+            arrays += [attention.keys, attention.values]
+    return arrays
+
+
+def put_back(cache: list[Any], arrays: list[mx.array]) -> None:
+    """Keep what one more token made of `arrays_of` a steady cache, and move the cache on."""
+    new = iter(arrays)
+    for layer in cache:
+        mixer, attention = mixer_cache(layer), attention_cache(layer)
+        mixer[0], mixer[1] = next(new), next(new)
+        if attention is not None:
+            attention.keys, attention.values = next(new), next(new)
+            attention._idx = attention._idx % attention.max_size + 1
+            attention.offset += 1

@@ -12,7 +12,17 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .attention import AttentionMasks, SharedKeyAttention, decode_mask
-from .cache import attention_cache, make_cache, mixer_cache, recall, remember
+from .cache import (
+    arrays_of,
+    attention_cache,
+    make_cache,
+    mixer_cache,
+    place,
+    put_back,
+    recall,
+    remember,
+    steady,
+)
 from .compiled import CompiledParts
 from .config import RodimusConfig
 from .layer_ops import START, TOKEN, add_norm, norm, swiglu
@@ -54,6 +64,12 @@ class RodimusBlock(nn.Module):
         remember(cache, memory, h.shape[1])
         return h, delta
 
+    def step(
+        self, h: mx.array, delta: mx.array | None, offset: mx.array, index: mx.array, *memory: mx.array
+    ) -> tuple[mx.array, ...]:
+        """One token on arrays alone: h, delta and the mixer's tail and state -> the same after it."""
+        return self._mix(h, delta, *memory, None, None)
+
     def _mix(self, h: mx.array, delta: mx.array | None, *memory_and_marks: mx.array | None) -> tuple[mx.array, ...]:
         h, x = add_norm(h, delta, self.mixer_norm.weight, self.mixer_norm.eps, self.training)
         tail, state, lengths, marks = memory_and_marks
@@ -85,6 +101,17 @@ class RodimusPlusBlock(RodimusBlock):
         heads = self.attn.attend(q, k, v, masks.attention, attention_cache(cache))
         after = self.compiled.part(self, self._after_attention, [self.attn, self.ffn_norm, self.ffn], length)
         return m, after(m, heads)
+
+    def step(
+        self, h: mx.array, delta: mx.array | None, offset: mx.array, index: mx.array, *memory: mx.array
+    ) -> tuple[mx.array, ...]:
+        """One token on arrays alone; memory: tail, state, and a full window of keys and values, in which the token at
+        `index`, the oldest, is replaced."""
+        tail, state, keys, values = memory
+        m, q, k, v, *mixed = self._before_attention(h, delta, offset, tail, state, None, None)
+        keys, values = (mx.slice_update(old, new, index, axes=(2,)) for old, new in ((keys, k), (values, v)))
+        delta = self._after_attention(m, self.attn.attend(q, keys, values, full=True))
+        return m, delta, *mixed, keys, values
 
     def _before_attention(
         self, h: mx.array, delta: mx.array | None, offset: mx.array, *memory_and_marks: mx.array | None
@@ -137,6 +164,7 @@ class RodimusModel(nn.Module):
         block = RodimusPlusBlock if config.has_attention else RodimusBlock
         self.layers = [block(config) for _ in range(config.n_layer)]
         self.norm_f = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
+        self.compiled = CompiledParts()
 
     def __call__(
         self,
@@ -146,6 +174,16 @@ class RodimusModel(nn.Module):
         documents: mx.array | None = None,
     ) -> mx.array:
         """tokens [B, L] -> the last norm's output [B, L, d]; the arguments are `Model`'s."""
+        if cache is not None and tokens.shape[1] == 1 and not self.training and steady(cache):
+            return self._steady_step(tokens, cache)
+        h = self._embed(tokens)
+        masks = Masks(tokens.shape[1], mask, documents, cache)
+        delta = None
+        for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers)):
+            h, delta = layer(h, delta, masks, layer_cache)
+        return norm(h, self.norm_f.weight, self.norm_f.eps, delta, self.training)
+
+    def _embed(self, tokens: mx.array) -> mx.array:
         h = self.embeddings(tokens)
         if self.embedding_scale is not None:
             h = h * self.embedding_scale
@@ -153,11 +191,23 @@ class RodimusModel(nn.Module):
             h = self.embed_norm(h)
         if self.residual_in_fp32:
             h = h.astype(mx.float32)
-        masks = Masks(tokens.shape[1], mask, documents, cache)
-        delta = None
-        for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers)):
-            h, delta = layer(h, delta, masks, layer_cache)
-        return norm(h, self.norm_f.weight, self.norm_f.eps, delta, self.training)
+        return h
+
+    def _steady_step(self, tokens: mx.array, cache: list[Any]) -> mx.array:
+        """One token when all caches have their final shapes: a graph compiled once serves every such token."""
+        step = self.compiled.part(self, self._step_on_arrays, [self], 1)
+        h, *arrays = step(tokens, *place(cache), *arrays_of(cache))
+        put_back(cache, arrays)
+        return h
+
+    def _step_on_arrays(self, tokens: mx.array, offset: mx.array, index: mx.array, *arrays: mx.array) -> tuple:
+        h, delta = self._embed(tokens), None
+        after: list[mx.array] = []
+        each = len(arrays) // len(self.layers)
+        for i, layer in enumerate(self.layers):
+            h, delta, *kept = layer.step(h, delta, offset, index, *arrays[i * each : (i + 1) * each])
+            after += kept
+        return norm(h, self.norm_f.weight, self.norm_f.eps, delta, self.training), *after
 
 
 class Model(nn.Module):
