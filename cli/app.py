@@ -16,9 +16,23 @@ import typer
 
 from ..errors import RodimusError
 from ..version import __version__
-from . import EXIT_ERROR, EXIT_INTERRUPT, EXIT_USAGE, convert, finetune, fuse, generate, init, state
+from . import (
+    EXIT_ERROR,
+    EXIT_INTERRUPT,
+    EXIT_USAGE,
+    compare,
+    convert,
+    finetune,
+    fuse,
+    generate,
+    init,
+    inspect,
+    perplexity,
+    quantize,
+    state,
+)
 
-COMMANDS = (generate, convert, finetune, fuse, init)
+COMMANDS = (generate, convert, quantize, inspect, perplexity, compare, finetune, fuse, init)
 GROUPS = (state,)
 
 app = typer.Typer(

@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint
 from .mapping import Part, parts
 from .schemes import Scheme, choose, ffn_padding, to_table
 from .streams import FFN_IN, Output, Stream, pad_ffn, plain, quantize, split, strip_ffn
-from .weights import FLOAT_DTYPES, PackedWeight, Weight, dequantized, plan_weights, widest
+from .weights import FLOAT_DTYPES, PackedWeight, Weight, WeightPlan, dequantized, plan_weights, widest
 from .writer import Spec
 
 
@@ -45,18 +45,56 @@ class Prepared(NamedTuple):
         return {name: spec for output in self.outputs for name, spec in output.specs.items()}
 
 
-def prepare(checkpoint: Checkpoint, wish: Wish) -> Prepared:
+class InFull(NamedTuple):
+    """A checkpoint's weights as numbers, not read yet."""
+
+    config: RodimusConfig
+    streams: list[Stream]
+    dtype: str
+    format: str
+
+
+def prepare(checkpoint: Checkpoint, wish: Wish, compare_head: bool = True) -> Prepared:
     """Check a checkpoint and a wish against each other.
+
+    Args:
+        compare_head: as for `plan_weights`.
 
     Raises:
         RodimusError: the checkpoint is not sound, or the wish does not fit it.
     """
-    plan = plan_weights(checkpoint, RodimusConfig.from_dict(checkpoint.config), _cast(checkpoint, wish))
+    plan = _plan(checkpoint, wish, compare_head)
     if plan.schemes and not wish.dequantize:
         _refuse_changes(str(checkpoint.folder), wish)
         copied = [plain(_stream(weight)) for weight in plan.weights]
         table = dict(checkpoint.config["quantization"])
         return Prepared(plan.config, copied, table, _name(widest(plan.weights)), plan.format)
+    full = _in_full(checkpoint, plan, wish)
+    config, outputs, quantization = _outputs(full.config, full.streams, wish)
+    return Prepared(config, outputs, quantization, full.dtype, full.format)
+
+
+def padded(checkpoint: Checkpoint, wish: Wish) -> InFull:
+    """The weights that `prepare` would quantize by a wish's scheme, the FFN padded for it.
+
+    Raises:
+        RodimusError: the checkpoint is not sound, or quantized already.
+    """
+    plan = _plan(checkpoint, wish)
+    if plan.schemes and not wish.dequantize:
+        _refuse_changes(str(checkpoint.folder), wish)
+    full = _in_full(checkpoint, plan, wish)
+    assert wish.scheme is not None
+    config, streams = _pad(full.config, full.streams, wish.scheme)
+    return full._replace(config=config, streams=streams)
+
+
+def _plan(checkpoint: Checkpoint, wish: Wish, compare_head: bool = True) -> WeightPlan:
+    config = RodimusConfig.from_dict(checkpoint.config)
+    return plan_weights(checkpoint, config, _cast(checkpoint, wish), compare_head)
+
+
+def _in_full(checkpoint: Checkpoint, plan: WeightPlan, wish: Wish) -> InFull:
     if wish.dequantize and not plan.schemes:
         raise RodimusError(f"{checkpoint.folder} is not quantized: there is nothing to dequantize")
     weights: Sequence[Weight | PackedWeight] = plan.weights
@@ -65,8 +103,7 @@ def prepare(checkpoint: Checkpoint, wish: Wish) -> Prepared:
         dtype = FLOAT_DTYPES[wish.dtype] if wish.dtype else dtype
         weights = dequantized(plan, dtype)
     config, streams = _unpadded(weights, plan.config)
-    config, outputs, quantization = _outputs(config, streams, wish)
-    return Prepared(config, outputs, quantization, _name(dtype), plan.format)
+    return InFull(config, streams, _name(dtype), plan.format)
 
 
 def _cast(checkpoint: Checkpoint, wish: Wish) -> mx.Dtype | None:
@@ -117,13 +154,18 @@ def _outputs(
     if wish.scheme is None:
         return config, [plain(each) for each in streams], None
     chosen = choose(config, wish.scheme, wish.recipe)
-    zeros = ffn_padding(config, wish.scheme)
-    if zeros:
-        streams = [pad_ffn(each, config, zeros) for each in streams]
-        config = replace(config, d_ffn=config.d_ffn + zeros, ffn_padding=zeros)
+    config, streams = _pad(config, streams, wish.scheme)
     paths = [each.name.removesuffix(".weight") for each in streams]
     outputs = [quantize(each, chosen[path]) if path in chosen else plain(each) for each, path in zip(streams, paths)]
     return config, outputs, to_table(wish.scheme, chosen)
+
+
+def _pad(config: RodimusConfig, streams: list[Stream], scheme: Scheme) -> tuple[RodimusConfig, list[Stream]]:
+    zeros = ffn_padding(config, scheme)
+    if not zeros:
+        return config, streams
+    wide = replace(config, d_ffn=config.d_ffn + zeros, ffn_padding=zeros)
+    return wide, [pad_ffn(each, config, zeros) for each in streams]
 
 
 def _stream(weight: Weight | PackedWeight) -> Stream:

@@ -90,6 +90,11 @@ def plain(stream: Stream) -> Output:
     return Output({stream.name: stream.spec}, lambda: ((stream.name, block) for block in stream.blocks()))
 
 
+def in_memory(name: str, array: mx.array) -> Output:
+    """A tensor that is there already."""
+    return Output({name: Spec(array.dtype, array.shape)}, lambda: iter([(name, array)]))
+
+
 def quantize(stream: Stream, scheme: Scheme) -> Output:
     """The packed matrix, its scales and, in mode affine, its biases, as `mx.quantize` gives them for the whole."""
     path = stream.name.removesuffix(".weight")

@@ -97,11 +97,14 @@ class WeightPlan:
     schemes: Mapping[str, Scheme]
 
 
-def plan_weights(checkpoint: Checkpoint, config: RodimusConfig, dtype: mx.Dtype | None = None) -> WeightPlan:
+def plan_weights(
+    checkpoint: Checkpoint, config: RodimusConfig, dtype: mx.Dtype | None = None, compare_head: bool = True
+) -> WeightPlan:
     """Match a checkpoint's tensors with a config.
 
     Args:
         dtype: what floating-point weights are cast to; None keeps the file's.
+        compare_head: look whether a tied model's head is its embedding; that reads both. False takes it for granted.
 
     Raises:
         RodimusError: missing or unknown tensors (listed), a shape that is not the config's, weights that are not
@@ -109,7 +112,8 @@ def plan_weights(checkpoint: Checkpoint, config: RodimusConfig, dtype: mx.Dtype 
     """
     tensors, where = checkpoint.tensors, str(checkpoint.folder)
     names = wanted_names(tensors)
-    config = settle_head(names, config, lambda: _same_bits(tensors[HEAD], tensors.get(EMBEDDING)), where)
+    if compare_head:
+        config = settle_head(names, config, lambda: _same_bits(tensors[HEAD], tensors.get(EMBEDDING)), where)
     format = detect_format(names, config, where)
     sources = check({name: tensors[name].shape for name in names}, config, format, where)
     shapes = expected_shapes(config)

@@ -17,12 +17,15 @@ _SAFETENSORS = "model*.safetensors"
 _TORCH = "pytorch_model*.bin"
 
 
-def find_folder(source: str | Path, revision: str | None = None) -> Path:
+def find_folder(source: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder of a checkpoint, downloaded first if it is a Hugging Face id (``owner/name``).
 
     A folder that exists always wins; what only looks like a path never goes to the hub. Of the weights just one
     format is fetched: safetensors where the repository has them, PyTorch files otherwise. Files that are complete
     are not fetched again.
+
+    Args:
+        weights: False for the small files alone; weights that are in the cache are in the folder all the same.
 
     Raises:
         RodimusError: no such folder; or the download failed, and how to go on.
@@ -35,14 +38,14 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
     if not HUB_ID.fullmatch(str(source)) or ".." in str(source):
         hint = "" if _is_path(str(source)) else " (a Hugging Face id has the form owner/name)"
         raise RodimusError(f"there is no folder {source}{hint}")
-    return _download(str(source), revision)
+    return _download(str(source), revision, weights)
 
 
 def _is_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or "/" in source or "\\" in source
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     try:
@@ -52,8 +55,9 @@ def _download(repo: str, revision: str | None) -> Path:
             if not _is_offline(error):
                 raise
             return Path(snapshot_download(repo, revision=revision, allow_patterns=_SMALL_FILES, local_files_only=True))
-        weights = _SAFETENSORS if any(Path(file).match(_SAFETENSORS) for file in files) else _TORCH
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=[*_SMALL_FILES, weights]))
+        kind = _SAFETENSORS if any(Path(file).match(_SAFETENSORS) for file in files) else _TORCH
+        wanted = [*_SMALL_FILES, kind] if weights else _SMALL_FILES
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except Exception as error:
         raise RodimusError(_explain(error, repo, revision)) from error
 
