@@ -22,6 +22,7 @@ from ..errors import RodimusError
 from . import checkpoint
 from .adapters import WEIGHTS, adapter_config, write_adapter
 from .batches import Plan, in_order
+from .clock import Clock
 from .data import Sample
 from .dropout import key_dropouts
 from .evaluate import evaluate
@@ -45,8 +46,6 @@ from .step import (
 
 Event = dict[str, Any]
 Observer = Callable[[Event], None]
-
-SHORT_STEP = 0.25  # seconds: shorter ones are queued while the last one still runs, at the price of some memory
 
 
 @dataclass(frozen=True)
@@ -176,9 +175,9 @@ class _Run:
         self.begin()
         if self.valid and self.step == 0:
             self.validate()
-        clock = _Clock()
+        clock = Clock()
         waiting: list[tuple[int, mx.array, mx.array, int]] = []
-        stopped = False
+        stopped = self.has_stalled()
         while self.step < self.iters and not stopped:
             waiting.append(self.one_step())
             clock.tokens += waiting[-1][-1]
@@ -261,7 +260,7 @@ class _Run:
         self.facts["recent"].append(value)
         self.tell("step", step=step, loss=value, grad_norm=length, tokens=tokens)
 
-    def report(self, clock: _Clock) -> None:
+    def report(self, clock: Clock) -> None:
         recent = self.facts["recent"]
         seconds = clock.seconds()
         rate = self.rate(mx.array(self.step - 1)) if callable(self.rate) else self.rate
@@ -292,7 +291,10 @@ class _Run:
         elif self.step:
             facts["stale"] += 1
         self.tell("valid", step=self.step, loss=loss, better=better, seconds=time.perf_counter() - start)
-        return 0 < self.settings.early_stop <= facts["stale"]
+        return self.has_stalled()
+
+    def has_stalled(self) -> bool:
+        return 0 < self.settings.early_stop <= self.facts["stale"]
 
     def publish(self) -> None:
         """Write the parameters as the run's adapter."""
@@ -327,25 +329,6 @@ class _Run:
         if self.world.rank() == 0:
             for observer in self.observers:
                 observer({"event": kind, **facts})
-
-
-class _Clock:
-    """Time, steps and tokens since the last report, without validations and saves."""
-
-    def __init__(self) -> None:
-        self.short = False
-        self.restart()
-
-    def restart(self) -> None:
-        self.start = time.perf_counter()
-        self.steps = self.tokens = 0
-
-    def step(self) -> None:
-        self.steps += 1
-        self.short = self.seconds() / self.steps < SHORT_STEP
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
 
 
 def _key(*numbers: int) -> mx.array:

@@ -88,10 +88,13 @@ def test_the_best_is_published_and_the_last_kept_apart(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0000012"]
 
 
-def test_early_stop():
+def test_early_stop(tmp_path):
     settings = Settings(**LEARN, iters=60, eval_every=2, early_stop=2)
-    result = train(initialize(tiny_config()), counting(), settings, valid=random_samples(6, seed=5))
+    valid = random_samples(6, seed=5)
+    result = train(initialize(tiny_config()), counting(), settings, valid=valid, out=tmp_path)
     assert result.stopped_early and result.steps == result.best_step + 4 < 60
+    again = train(initialize(tiny_config()), counting(), settings, valid=valid, out=tmp_path, resume=True)
+    assert again == result  # it stays stopped
 
 
 def test_the_validation_loss_is_the_mean_over_targets():
