@@ -20,6 +20,7 @@ from . import (
     EXIT_ERROR,
     EXIT_INTERRUPT,
     EXIT_USAGE,
+    chat,
     compare,
     convert,
     finetune,
@@ -32,7 +33,7 @@ from . import (
     state,
 )
 
-COMMANDS = (generate, convert, quantize, inspect, perplexity, compare, finetune, fuse, init)
+COMMANDS = (generate, chat, convert, quantize, inspect, perplexity, compare, finetune, fuse, init)
 GROUPS = (state,)
 
 app = typer.Typer(

@@ -120,7 +120,7 @@ def show(name: Name) -> None:
     print(f"model     {info.model}")
     for key, value in info.fingerprint.items():
         print(f"  {key:12}  {value}")
-    for message in info.messages or ():
+    for message in info.messages:
         print(f"{message['role']:9} {_shorten(message['content'], 70)}")
 
 
@@ -169,7 +169,7 @@ def _describe_differences(a: StateInfo, b: StateInfo) -> list[str]:
     for key in a.fingerprint:
         if a.fingerprint[key] != b.fingerprint.get(key):
             lines.append(f"{key:9} {a.fingerprint[key]} and {b.fingerprint.get(key)}")
-    if a.messages is not None and b.messages is not None:
+    if a.messages or b.messages:
         shared = next((i for i, (x, y) in enumerate(zip(a.messages, b.messages)) if x != y), None)
         if shared is None:
             shared = min(len(a.messages), len(b.messages))

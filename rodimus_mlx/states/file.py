@@ -35,13 +35,14 @@ class StateInfo:
     """What is known of a state without its arrays.
 
     tokens: how many were read. source: from what, for people. model: the name that the model was loaded by.
-    messages: the conversation, if the state is that of one; its last message was read to its end.
+    messages: the conversation that was read, to its end. unknown: whether something else was read before it.
     """
 
     tokens: int
     source: str = ""
     model: str = ""
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+    unknown: bool = False
     created: str = field(default_factory=_now)
     fingerprint: dict[str, str] = field(default_factory=dict)
 

@@ -52,9 +52,10 @@ def make_state(
     tokens = encode_prompt(model, tokenizer, text)
     cache = snapshot(start.cache) if start else model.make_cache()
     read_tokens(model, cache, tokens, progress)
-    known = None if before is None or bare else before + messages
-    if len(json.dumps(known)) > _MOST_MESSAGES:
-        known = None
+    known = before + messages
+    unknown = bool(bare) or (start is not None and start.info.unknown)
+    if bare or len(json.dumps(known)) > _MOST_MESSAGES:
+        known, unknown = [], True
     parts = [start.info.source if start else "", "a system message" if system else "", source.name]
     return State(
         cache,
@@ -63,15 +64,16 @@ def make_state(
             source=", then ".join(filter(None, parts)),
             model=model_name,
             messages=known,
+            unknown=unknown,
         ),
     )
 
 
-def continuation(tokenizer: Any, before: Messages | None, messages: Messages, *, for_answer: bool = False) -> str:
-    """The text that brings a model that has read ``before`` (None: nobody knows) to have read the messages too."""
+def continuation(tokenizer: Any, before: Messages, messages: Messages) -> str:
+    """The text that brings a model that has read ``before`` to have read the messages too."""
     if before:
         read = render_conversation(tokenizer, before, for_answer=False)
-        whole = render_conversation(tokenizer, before + messages, for_answer=for_answer)
+        whole = render_conversation(tokenizer, before + messages, for_answer=False)
         if whole.startswith(read):
             return whole[len(read) :]
-    return render_conversation(tokenizer, messages, for_answer=for_answer)
+    return render_conversation(tokenizer, messages, for_answer=False)

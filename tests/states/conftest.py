@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from talker import talker as make_talker
 
 import rodimus_mlx
 from rodimus_mlx.loading import DEMO_FOLDER
@@ -14,6 +15,11 @@ from rodimus_mlx.loading import DEMO_FOLDER
 @pytest.fixture(scope="session")
 def demo() -> tuple[Any, Any]:
     return rodimus_mlx.load(DEMO_FOLDER)
+
+
+@pytest.fixture(scope="session")
+def talker() -> tuple[Any, Any]:
+    return make_talker()
 
 
 @pytest.fixture(autouse=True)

@@ -47,6 +47,7 @@ class TestFile:
         assert state.info.messages == MESSAGES
         assert state.info.created.endswith("+00:00")
         expected = rodimus_mlx.generate(*demo, TEXT + "def", max_tokens=20)
+        assert expected != rodimus_mlx.generate(*demo, "def", max_tokens=20)
         for _ in range(2):  # a snapshot leaves the state as it is
             assert expected == rodimus_mlx.generate(*demo, "def", max_tokens=20, prompt_cache=snapshot(state.cache))
 

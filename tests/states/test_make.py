@@ -21,15 +21,15 @@ QUESTION = [{"role": "user", "content": "well?"}]
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 
 
-def answer(demo: tuple[Any, Any], state: Any, prompt: Any) -> str:
-    return generate(*demo, prompt, max_tokens=15, prompt_cache=snapshot(state.cache))
+def answer(talker: tuple[Any, Any], state: Any, prompt: Any) -> str:
+    return generate(*talker, prompt, max_tokens=15, prompt_cache=snapshot(state.cache))
 
 
 class TestMake:
-    def test_a_text_goes_on(self, demo: tuple[Any, Any]) -> None:
-        state = make_state(*demo, Source("one two ", name="t"))
-        assert answer(demo, state, "three") == generate(*demo, "one two three", max_tokens=15)
-        assert (state.info.tokens, state.info.source, state.info.messages) == (8, "t", None)
+    def test_a_text_goes_on(self, talker: tuple[Any, Any]) -> None:
+        state = make_state(*talker, Source("one two ", name="t"))
+        assert answer(talker, state, "three") == generate(*talker, "one two three", max_tokens=15)
+        assert (state.info.tokens, state.info.source, state.info.messages) == (8, "t", [])
 
     @pytest.mark.parametrize(
         ("source", "options", "before"),
@@ -42,33 +42,39 @@ class TestMake:
         ids=["text", "system", "conversation", "both"],
     )
     def test_a_conversation_goes_on(
-        self, demo: tuple[Any, Any], source: Source, options: dict[str, Any], before: list[dict[str, str]]
+        self, talker: tuple[Any, Any], source: Source, options: dict[str, Any], before: list[dict[str, str]]
     ) -> None:
-        state = make_state(*demo, source, **options)
-        assert state.info.messages == before
-        assert answer(demo, state, QUESTION) == generate(*demo, before + QUESTION, max_tokens=15)
+        state = make_state(*talker, source, **options)
+        assert (state.info.messages, state.info.unknown) == (before, False)
+        assert answer(talker, state, QUESTION) == generate(*talker, before + QUESTION, max_tokens=15)
 
-    def test_in_two_steps(self, demo: tuple[Any, Any]) -> None:
-        first = make_state(*demo, Source(name="a"), system="be kind")
-        both = make_state(*demo, Source(messages=TALK, name="b"), start=first)
-        whole = make_state(*demo, Source(messages=TALK), system="be kind")
+    def test_in_two_steps(self, talker: tuple[Any, Any]) -> None:
+        first = make_state(*talker, Source(name="a"), system="be kind")
+        both = make_state(*talker, Source(messages=TALK, name="b"), start=first)
+        whole = make_state(*talker, Source(messages=TALK), system="be kind")
         assert both.info.messages == whole.info.messages
         assert both.info.tokens == whole.info.tokens
         assert both.info.source == "a system message, then a, then b"
-        assert answer(demo, both, QUESTION) == answer(demo, whole, QUESTION)
-        assert answer(demo, first, QUESTION) == generate(*demo, [*whole.info.messages[:1], *QUESTION], max_tokens=15)
+        assert answer(talker, both, QUESTION) == answer(talker, whole, QUESTION)
+        assert (
+            answer(talker, both, QUESTION)
+            != answer(talker, first, QUESTION)
+            == generate(*talker, [*whole.info.messages[:1], *QUESTION], max_tokens=15)
+        )
 
-    def test_bare_text_after_a_conversation_is_not_part_of_it(self, demo: tuple[Any, Any]) -> None:
-        talk = make_state(*demo, Source(messages=TALK))
-        assert make_state(*demo, Source("x"), start=talk).info.messages is None
+    def test_bare_text_after_a_conversation_is_not_part_of_it(self, talker: tuple[Any, Any]) -> None:
+        talk = make_state(*talker, Source(messages=TALK))
+        info = make_state(*talker, Source("x"), start=talk).info
+        assert (info.messages, info.unknown) == ([], True)
 
-    def test_nothing(self, demo: tuple[Any, Any]) -> None:
+    def test_nothing(self, talker: tuple[Any, Any]) -> None:
         with pytest.raises(RodimusError, match="there is nothing to read: give files, or --system"):
-            make_state(*demo, Source())
+            make_state(*talker, Source())
 
-    def test_long_conversations_are_read_but_not_kept_as_text(self, demo: tuple[Any, Any], monkeypatch: Any) -> None:
+    def test_long_conversations_are_read_but_not_kept_as_text(self, talker: tuple[Any, Any], monkeypatch: Any) -> None:
         monkeypatch.setattr("rodimus_mlx.states.make._MOST_MESSAGES", 50)
-        assert make_state(*demo, Source("x" * 60), chat=True).info.messages is None
+        info = make_state(*talker, Source("x" * 60), chat=True).info
+        assert (info.messages, info.unknown) == ([], True)
 
 
 class TestSources:
@@ -87,13 +93,13 @@ class TestSources:
             (tmp_path / name).write_bytes(data)
         return tmp_path
 
-    def test_a_folder(self, folder: Path, demo: tuple[Any, Any]) -> None:
-        source = read_sources([str(folder)], demo[1])
+    def test_a_folder(self, folder: Path, talker: tuple[Any, Any]) -> None:
+        source = read_sources([str(folder)], talker[1])
         assert source.text == "# file: b.py\nB = 1\n\n# file: a/c.txt\nété\n\n"
         assert source.name == f"{folder} (2 files)"
 
-    def test_a_file_as_it_is(self, folder: Path, demo: tuple[Any, Any]) -> None:
-        assert read_sources([str(folder / "b.py")], demo[1]) == Source("B = 1\n", name=str(folder / "b.py"))
+    def test_a_file_as_it_is(self, folder: Path, talker: tuple[Any, Any]) -> None:
+        assert read_sources([str(folder / "b.py")], talker[1]) == Source("B = 1\n", name=str(folder / "b.py"))
 
     def test_a_code_models_own_mark(self, folder: Path) -> None:
         class Coder:
@@ -112,10 +118,10 @@ class TestSources:
         ],
         ids=["list", "object", "lines", "one line"],
     )
-    def test_conversations(self, text: str, tmp_path: Path, demo: tuple[Any, Any]) -> None:
+    def test_conversations(self, text: str, tmp_path: Path, talker: tuple[Any, Any]) -> None:
         file = tmp_path / "talk.jsonl"
         file.write_text(text)
-        assert read_sources([str(file)], demo[1]).messages == TALK
+        assert read_sources([str(file)], talker[1]).messages == TALK
 
     @pytest.mark.parametrize("text", ["", "[]", "{}", "[1]", '[{"role": "user"}]', "not json", "[" * 100000])
     def test_other_json_is_text(self, text: str) -> None:
@@ -129,23 +135,23 @@ class TestSources:
             ("node_modules/../.git", "there is no text file to read"),
         ],
     )
-    def test_refused(self, name: str, message: str, folder: Path, demo: tuple[Any, Any]) -> None:
+    def test_refused(self, name: str, message: str, folder: Path, talker: tuple[Any, Any]) -> None:
         (folder / ".git" / "config").unlink()
         with pytest.raises(RodimusError, match=message):
-            read_sources([str(folder / name)], demo[1])
+            read_sources([str(folder / name)], talker[1])
 
 
 class TestCompare:
-    def test_distance(self, demo: tuple[Any, Any]) -> None:
-        a, b = (make_state(*demo, Source(text)) for text in ("abc", "abd"))
+    def test_distance(self, talker: tuple[Any, Any]) -> None:
+        a, b = (make_state(*talker, Source(text)) for text in ("abc", "abd"))
         assert all(each.state == each.window == 0 for each in compare_states(a, a))
         different = compare_states(a, b)
         assert len(different) == 2
         assert all(0 < each.state < 2 and each.window is not None and 0 < each.window < 2 for each in different)
 
-    def test_of_different_models(self, demo: tuple[Any, Any]) -> None:
-        other = random_model(tiny_config())
+    def test_of_different_models(self, talker: tuple[Any, Any]) -> None:
+        other = random_model(tiny_config(d_model=24, attn_cfg={"num_heads": 2}))
         cache = other.make_cache()
         read_tokens(other, cache, [1, 2])
         with pytest.raises(RodimusError, match="they belong to different models"):
-            compare_states(make_state(*demo, Source("abc")), State(cache, StateInfo(2)))
+            compare_states(make_state(*talker, Source("abc")), State(cache, StateInfo(2)))
