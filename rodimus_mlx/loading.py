@@ -48,7 +48,9 @@ def load(
     folder = find_folder(path_or_hub_id, revision)
     model, _ = _load_folder(folder, dtype)
     if adapter_path is not None:
-        _add_adapter(model, Path(adapter_path))
+        from .finetune.adapters import apply  # the tuner is not needed without an adapter
+
+        apply(model, adapter_path)
     return model, load_tokenizer(folder, name=Path(path_or_hub_id).name)
 
 
@@ -130,13 +132,3 @@ def _load_quantized(folder: Path) -> Model:
     except (ValueError, KeyError, TypeError) as error:
         raise RodimusError(f"{folder}: config.json's quantization does not fit the weights: {error}") from error
     return model
-
-
-def _add_adapter(model: Model, folder: Path) -> None:
-    if not (folder / "adapter_config.json").is_file():
-        raise RodimusError(f"{folder} is not an adapter: it has no adapter_config.json")
-    try:
-        mlx_lm_utils.load_adapters(model, str(folder))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise RodimusError(f"{folder}: the adapter does not fit this model: {error}") from error
-    model.eval()
