@@ -117,7 +117,8 @@ def _stays_inside(name: str) -> bool:
     def plain(path: PurePosixPath | PureWindowsPath) -> bool:
         return not path.is_absolute() and not path.drive and not path.root and ".." not in path.parts
 
-    return bool(name) and "\0" not in name and plain(PurePosixPath(name)) and plain(PureWindowsPath(name))
+    short = len(name.encode(errors="surrogatepass")) < 256  # longer ones no file system has
+    return bool(name) and short and "\0" not in name and plain(PurePosixPath(name)) and plain(PureWindowsPath(name))
 
 
 def _complete(folder: Path, shards: list[Path]) -> list[Path]:

@@ -20,6 +20,7 @@ from .mapping import count_parameters
 from .model_card import CARD_NAME, Facts, export_card, model_card, origin
 from .outputs import Prepared, Wish, prepare
 from .schemes import Scheme
+from .state_dict_pickle import shown
 from .streams import Output
 from .weights import FLOAT_DTYPES
 from .writer import Spec, sharded_writer, write_json
@@ -131,6 +132,7 @@ def write_checkpoint(
     src, config = checkpoint.folder, prepared.config
     config_json = _config(checkpoint, prepared, to)
     source = origin(src)
+    _refuse_bad_ends(src / _GENERATION)
     tokenizer = load_tokenizer(src, source.name)  # before the long part: a damaged one ends it here
     copied = sum((src / name).stat().st_size for name in _TOKENIZER_FILES if (src / name).is_file())
     specs = prepared.specs
@@ -208,6 +210,14 @@ def _write_generation_config(folder: Path, src: Path, config: RodimusConfig, end
     ends = ends or (list(given) if isinstance(given, tuple) else [given] if given is not None else [])
     values = {"bos_token_id": config.bos_token_id, "eos_token_id": ends or None}
     write_json(folder / _GENERATION, {key: value for key, value in values.items() if value is not None})
+
+
+def _refuse_bad_ends(file: Path) -> None:
+    """generation_config.json is copied, and whoever loads the copy puts its end tokens into the config."""
+    ends = read_json(file).get("eos_token_id") if file.is_file() else None
+    for end in ends if isinstance(ends, list) else [ends]:
+        if end is not None and not (type(end) is int and abs(end) < 2**31):
+            raise RodimusError(f"{file}: eos_token_id must be a whole number or a list of them, not {shown(str(end))}")
 
 
 def _copy(path: Path, folder: Path) -> None:
