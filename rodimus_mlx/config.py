@@ -181,6 +181,7 @@ def _from_official(config: Mapping[str, Any]) -> RodimusConfig:
 
 
 def _from_fla(config: Mapping[str, Any]) -> RodimusConfig:
+    config = {**_FLA_DEFAULTS, **config}
     d_model = _size(config, "hidden_size")
     block_type = _block_type(config)
     plus = block_type == "rodimus_plus"
@@ -188,10 +189,9 @@ def _from_fla(config: Mapping[str, Any]) -> RodimusConfig:
     _refuse("use_short_conv", config.get("use_short_conv", True), (True,))
     _refuse("hidden_act", config.get("hidden_act", "swish"), ("swish", "silu"))
     ska = _table(config, "ska_attn") if plus else {}
-    for key in ("qkv_bias", "qk_norm"):
-        _refuse(f"ska_attn.{key}", ska.get(key, False), (False, None))
+    _check_options("ska_attn", ska, {"num_heads", "window_size", "rope_theta"}, {"qkv_bias": False, "qk_norm": False})
     heads = _size(ska, "ska_attn.num_heads", max(d_model // 128, 1)) if plus else 0
-    keys = _whole(ska, "ska_attn.window_size", 0)
+    keys = _whole({"window_size": FLA_WINDOW, **ska}, "ska_attn.window_size", 0) if plus else 0
     width = _width(d_model * _number(config, "hidden_ratio", DEFAULT_FFN_RATIO), "hidden_ratio")
     return RodimusConfig(
         block_type=block_type,
@@ -215,6 +215,9 @@ def _from_fla(config: Mapping[str, Any]) -> RodimusConfig:
     )
 
 
+# What fla's own config class assumes where a file is silent; transformers leaves out what it thinks is usual.
+_FLA_DEFAULTS = {"block_type": "rodimus_plus", "tie_word_embeddings": True}
+FLA_WINDOW = 1024
 _MIXER_KEYS = {"expand_ratio", "mem_size", "d_conv", "input_gate_low_rank", "normalize_epsilon"}
 _HEAD_KEYS = {"num_heads", "num_heads_k", "num_heads_v"}
 _ATTN_KEYS = {"ffn_expand_ratio", "rotary_emb_base", "rotary_emb_dim", "window_size"} | _HEAD_KEYS

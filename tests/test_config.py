@@ -5,7 +5,7 @@ import json
 import math
 
 import pytest
-from helpers import GOLDEN_NAMES, config_dict
+from helpers import GOLDEN_NAMES, GOLDENS, config_dict
 from rodimus_mlx.convert.mapping import expected_shapes
 
 from rodimus_mlx.config import RodimusConfig, align8
@@ -257,3 +257,16 @@ def test_missing_key_is_named(key):
 def test_not_a_rodimus_config():
     with pytest.raises(RodimusError, match="is this the config of a Rodimus model"):
         RodimusConfig.from_dict({})
+
+
+def test_fla_says_nothing_of_what_is_usual():
+    """Keys that fla's files leave out mean what fla's own config class assumes."""
+    config = json.loads((GOLDENS / "plus_fla" / "config.json").read_text())
+    for key in ("tie_word_embeddings", "block_type"):
+        del config[key]
+    del config["ska_attn"]["window_size"]
+    parsed = RodimusConfig.from_dict(config)
+    assert parsed.tie_word_embeddings and parsed.has_attention and parsed.window_keys == 1024
+    config["ska_attn"]["rope_scaling"] = 2
+    with pytest.raises(RodimusError, match="ska_attn has options that are not supported: rope_scaling"):
+        RodimusConfig.from_dict(config)
