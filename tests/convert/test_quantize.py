@@ -4,12 +4,12 @@ import warnings
 from dataclasses import replace
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers import relative_error
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model as mlx_lm_load_model
+from quantized import quantized_in_memory
 from rodimus_mlx.convert.checkpoint import Checkpoint, open_checkpoint
 from rodimus_mlx.convert.convert import convert
 from rodimus_mlx.convert.mapping import count_parameters, expected_shapes
@@ -22,7 +22,6 @@ from synthetic import ARCHITECTURES, official_shapes, write_checkpoint
 from rodimus_mlx.config import RodimusConfig
 from rodimus_mlx.errors import RodimusError, RodimusWarning
 from rodimus_mlx.loading import load_model
-from rodimus_mlx.model import Model
 
 from .conftest import PLAIN, SMALL, logits
 
@@ -34,23 +33,6 @@ ROUNDING = 2e-5  # of float32 sums in another order, relative to the logits
 MOST_BITS = {"1.6b": 4.8, "4b": 4.8, "1.4b": 5.0}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* has no tokenizer")
-
-
-def quantized_in_memory(model, chosen):
-    """A loaded model padded and quantized at once, by MLX's own function."""
-    config = model.args
-    zeros = -config.d_ffn % max([64, *(scheme.group_size for scheme in chosen.values())])
-    weights = dict(tree_flatten(model.parameters()))
-    for i in range(config.n_layer if zeros else 0):
-        into, outof = f"model.layers.{i}.ffn.fc.weight", f"model.layers.{i}.ffn.out_proj.weight"
-        value, gate = (mx.pad(half, [(0, zeros), (0, 0)]) for half in mx.split(weights[into], 2))
-        weights[into] = mx.concatenate([value, gate])
-        weights[outof] = mx.pad(weights[outof], [(0, 0), (0, zeros)])
-    wide = Model(replace(config, d_ffn=config.d_ffn + zeros, ffn_padding=zeros))
-    wide.load_weights(list(weights.items()))
-    nn.quantize(wide, class_predicate=lambda path, _: chosen[path]._asdict() if path in chosen else False)
-    wide.eval()
-    return wide
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
