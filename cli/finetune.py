@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,7 +18,7 @@ EXAMPLE = (
 )
 
 
-class Method(str, Enum):
+class Method(StrEnum):
     """What is trained."""
 
     lora = "lora"
@@ -27,7 +27,7 @@ class Method(str, Enum):
     state = "state"
 
 
-class Optimizer(str, Enum):
+class Optimizer(StrEnum):
     """MLX's optimizers."""
 
     adamw = "adamw"
@@ -37,7 +37,7 @@ class Optimizer(str, Enum):
     adafactor = "adafactor"
 
 
-class Schedule(str, Enum):
+class Schedule(StrEnum):
     """How the learning rate goes on after the warm-up."""
 
     constant = "constant"
@@ -45,14 +45,14 @@ class Schedule(str, Enum):
     cosine = "cosine"
 
 
-class Long(str, Enum):
+class Long(StrEnum):
     """What becomes of samples that are too long."""
 
     truncate = "truncate"
     split = "split"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """What is computed in."""
 
     auto = "auto"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +14,7 @@ from .progress import size
 EXAMPLE = "  rodimus-mlx inspect codefuse-ai/Rodimus-Plus-Coder-1.6B-Chat --context 32768"
 
 
-class Method(str, Enum):
+class Method(StrEnum):
     """How finetune trains."""
 
     lora = "lora"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -14,7 +14,7 @@ from .progress import ByteProgress
 EXAMPLE = "  rodimus-mlx quantize coder-1.6b coder-1.6b-4bit --bits 4"
 
 
-class Method(str, Enum):
+class Method(StrEnum):
     """mlx-lm's methods that look at a text."""
 
     gptq = "gptq"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..convert.convert import Summary
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """What weights can be stored as."""
 
     float32 = "float32"
@@ -21,7 +21,7 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-class Mode(str, Enum):
+class Mode(StrEnum):
     """MLX's ways to quantize."""
 
     affine = "affine"
@@ -30,7 +30,7 @@ class Mode(str, Enum):
     nvfp4 = "nvfp4"
 
 
-class Recipe(str, Enum):
+class Recipe(StrEnum):
     """Which matrices get how many bits."""
 
     default = "default"

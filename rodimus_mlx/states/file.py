@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from mlx_lm.models.cache import CacheList, load_prompt_cache, save_prompt_cache
 
 from ..convert.safetensors_file import read_safetensors
@@ -27,7 +26,7 @@ _KEY = "rodimus_state"
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
@@ -118,15 +117,19 @@ def read_info(path: str | Path) -> StateInfo:
     """
     path = Path(path)
     read_safetensors(path)  # checks that the file is whole
-    metadata: Any = mx.load(str(path), return_metadata=True)[1]  # type: ignore[index]
     try:
-        entries = json.loads(metadata[f"0.{_KEY}"])  # mlx-lm puts its users' metadata under 0
+        entries = json.loads(_metadata(path)[f"0.{_KEY}"])  # mlx-lm puts its users' metadata under 0
         if entries.pop("version") > VERSION:
             raise RodimusError(f"{path} was written by a newer rodimus-mlx: update to read it")
         known = {each.name for each in fields(StateInfo)}
         return StateInfo(**{name: value for name, value in entries.items() if name in known})
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise RodimusError(f"{path} is not a state's file: rodimus-mlx state make writes them") from error
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with open(path, "rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
 
 
 def _shallow(info: StateInfo) -> dict[str, Any]:
