@@ -30,10 +30,11 @@ from . import (
     inspect,
     perplexity,
     quantize,
+    serve,
     state,
 )
 
-COMMANDS = (generate, chat, convert, quantize, inspect, perplexity, compare, finetune, fuse, init)
+COMMANDS = (generate, chat, serve, convert, quantize, inspect, perplexity, compare, finetune, fuse, init)
 GROUPS = (state,)
 
 app = typer.Typer(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 
-def _between(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[float | None], float | None]:
+def between(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[float | None], float | None]:
     """A callback that accepts numbers in [low, high], or in (low, high] if ``above``; nan and inf never."""
     least = f"above {low:g}" if above else f"{low:g} or more"
     wanted = least if high == math.inf else f"{least}, and at most {high:g}"
@@ -38,25 +38,25 @@ Adapter = Annotated[
     str | None, typer.Option("--adapter", metavar="FOLDER", help="Folder of a LoRA adapter to load on top.")
 ]
 MaxTokens = Annotated[
-    int, typer.Option("--max-tokens", "-n", metavar="N", callback=_between(1), help="Stop after N tokens.")
+    int, typer.Option("--max-tokens", "-n", metavar="N", callback=between(1), help="Stop after N tokens.")
 ]
 Temp = Annotated[
     float,
-    typer.Option("--temp", "-t", metavar="T", callback=_between(0), help="Temperature; 0 takes the likeliest token."),
+    typer.Option("--temp", "-t", metavar="T", callback=between(0), help="Temperature; 0 takes the likeliest token."),
 ]
 TopP = Annotated[
     float,
     typer.Option(
-        "--top-p", metavar="P", callback=_between(0, 1, above=True), help="Sample from the likeliest that sum to P."
+        "--top-p", metavar="P", callback=between(0, 1, above=True), help="Sample from the likeliest that sum to P."
     ),
 ]
 TopK = Annotated[
-    int, typer.Option("--top-k", metavar="K", callback=_between(0), help="Sample from the K likeliest; 0 for all.")
+    int, typer.Option("--top-k", metavar="K", callback=between(0), help="Sample from the K likeliest; 0 for all.")
 ]
 MinP = Annotated[
     float,
     typer.Option(
-        "--min-p", metavar="P", callback=_between(0, 1), help="Drop what is below P times the likeliest's probability."
+        "--min-p", metavar="P", callback=between(0, 1), help="Drop what is below P times the likeliest's probability."
     ),
 ]
 RepetitionPenalty = Annotated[
@@ -64,13 +64,13 @@ RepetitionPenalty = Annotated[
     typer.Option(
         "--repetition-penalty",
         metavar="X",
-        callback=_between(0, above=True),
+        callback=between(0, above=True),
         help="Above 1: avoid the last 20 tokens.",
     ),
 ]
 Seed = Annotated[
     int | None,
-    typer.Option("--seed", metavar="N", callback=_between(0, 2**64 - 1), help="Make sampling repeatable."),
+    typer.Option("--seed", metavar="N", callback=between(0, 2**64 - 1), help="Make sampling repeatable."),
 ]
 Stop = Annotated[
     list[str] | None,
@@ -96,7 +96,7 @@ Lookup = Annotated[
     bool, typer.Option("--lookup", help="Guess ahead that what came before comes again: faster, same text.")
 ]
 DraftTokens = Annotated[
-    int, typer.Option("--draft-tokens", metavar="N", callback=_between(1, 64), help="Tokens to guess at a time.")
+    int, typer.Option("--draft-tokens", metavar="N", callback=between(1, 64), help="Tokens to guess at a time.")
 ]
 State = Annotated[
     str | None, typer.Option("--state", metavar="NAME", help="Named state to go on from, or the path of its file.")
