@@ -26,7 +26,13 @@ def hub() -> Iterator[UploadHub]:
 def convert(hub: UploadHub, tmp_path: Path) -> Run:
     def run(repo: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        own = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
         code = "import sys; from rodimus_mlx.cli.app import main; sys.exit(main())"
         return subprocess.run(
             [sys.executable, "-c", code, "convert", str(DEMO_FOLDER), "out", *options, "--upload", repo],
