@@ -23,6 +23,7 @@ from . import (
     chat,
     compare,
     convert,
+    doctor,
     finetune,
     fuse,
     generate,
@@ -34,7 +35,7 @@ from . import (
     state,
 )
 
-COMMANDS = (generate, chat, serve, convert, quantize, inspect, perplexity, compare, finetune, fuse, init)
+COMMANDS = (generate, chat, serve, doctor, convert, quantize, inspect, perplexity, compare, finetune, fuse, init)
 GROUPS = (state,)
 
 app = typer.Typer(
