@@ -23,7 +23,10 @@ from .kernels.check import BOUNDS, DTYPES, Sizes, compare_all, recurrence_errors
 from .states.reading import read_tokens
 from .states.snapshot import snapshot
 
-PACKAGES = "rodimus-mlx mlx mlx-metal mlx-cuda-12 mlx-cuda-13 mlx-cpu mlx-lm transformers numpy".split()
+PACKAGES = (
+    *("rodimus-mlx", "mlx", "mlx-metal", "mlx-cuda-12", "mlx-cuda-13", "mlx-cpu"),
+    *("mlx-lm", "transformers", "numpy"),
+)
 # ||found - expected|| / ||expected|| of logits: sums in another order, through all layers; a GPU may round float32
 # products to fewer bits (TF32). An error in the maths shows as 0.1 or more.
 LOGITS_BOUNDS = {mx.float32: 1e-2, mx.bfloat16: 6e-2, mx.float16: 2e-2}
