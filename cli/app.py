@@ -20,6 +20,7 @@ from . import (
     EXIT_ERROR,
     EXIT_INTERRUPT,
     EXIT_USAGE,
+    bench,
     chat,
     compare,
     convert,
@@ -35,7 +36,7 @@ from . import (
     state,
 )
 
-COMMANDS = (generate, chat, serve, doctor, convert, quantize, inspect, perplexity, compare, finetune, fuse, init)
+COMMANDS = (generate, chat, serve, doctor, convert, quantize, inspect, perplexity, compare, bench, finetune, fuse, init)
 GROUPS = (state,)
 
 app = typer.Typer(

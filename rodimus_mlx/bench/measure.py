@@ -67,7 +67,8 @@ def measure(
     """
     found = [(subject, Measured(subject.name, length)) for length in prompt_lengths for subject in subjects]
     passes = (rounds + 1) * len(found)
-    with contextlib.redirect_stdout(sys.stderr), wired_limit([s.model for s in subjects]):  # it may print
+    models: Any = [subject.model for subject in subjects]
+    with contextlib.redirect_stdout(sys.stderr), wired_limit(models):  # it may print
         for done in range(passes):
             subject, result = found[done % len(found)]
             _pass(subject, result, tokens, counted=done >= len(found))

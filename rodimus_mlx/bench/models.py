@@ -22,6 +22,7 @@ from ..loading import load_model
 from ..model import Model
 
 SPREAD = 0.02  # of random weights: activations stay finite through any of these models
+ROWS_DRAWN = 64  # of each matrix; its other rows repeat them, because drawing billions of numbers takes minutes
 
 
 def _plus(d_model: int, n_layer: int, heads: int, tied: bool) -> dict[str, Any]:
@@ -160,7 +161,7 @@ def _rodimus(config: RodimusConfig, bits: int | None) -> Model:
 
 
 def _of_mlx_lm(config: Mapping[str, Any], bits: int | None, name: str) -> Any:
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     try:
         architecture = importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(kind, kind)}")
         model = architecture.Model(architecture.ModelArgs.from_dict(dict(config)))
@@ -183,11 +184,14 @@ def _of_mlx_lm(config: Mapping[str, Any], bits: int | None, name: str) -> Any:
 
 
 def _randomized(model: Any) -> Any:
-    """Random matrices and stock vectors in bfloat16; lazy, so that float32 originals are never made."""
+    """Random matrices and stock vectors in bfloat16; lazy, so that the float32 originals are never made."""
 
     def draw(old: mx.array) -> mx.array:
-        new = mx.random.normal(old.shape) * SPREAD if old.ndim > 1 else old
-        return new.astype(mx.bfloat16)
+        if old.ndim < 2:
+            return old.astype(mx.bfloat16)
+        rows, *rest = old.shape
+        drawn = mx.random.normal((min(rows, ROWS_DRAWN), *rest)) * SPREAD
+        return mx.take(drawn.astype(mx.bfloat16), mx.arange(rows) % drawn.shape[0], axis=0)
 
     model.update(tree_map(draw, model.parameters()))
     return model
