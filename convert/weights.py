@@ -200,10 +200,15 @@ def _target(parts: tuple[LazyTensor, ...], dtype: mx.Dtype | None) -> mx.Dtype:
 
 
 def _is_finite(block: mx.array) -> bool:
-    if not mx.issubdtype(block.dtype, mx.floating):
+    """Whether no number's exponent is all ones; on the bits, which is many times faster than MLX's `isfinite`."""
+    words, exponent = {
+        mx.float32: (mx.uint32, 0x7F800000),
+        mx.bfloat16: (mx.uint16, 0x7F80),
+        mx.float16: (mx.uint16, 0x7C00),
+    }.get(block.dtype, (None, 0))
+    if words is None or block.size == 0:
         return True
-    # A sum is several times faster than a look at each number, and finite only where all are; it may also overflow.
-    return bool(mx.isfinite(block.sum())) or bool(mx.all(mx.isfinite(block)))
+    return int((block.view(words) & exponent).max()) != exponent
 
 
 def _same_bits(a: LazyTensor, b: LazyTensor | None) -> bool:
