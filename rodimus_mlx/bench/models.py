@@ -126,12 +126,14 @@ def random_subject(name: str, bits: int | None = None) -> Subject:
 
     Args:
         name: of SHAPES or PEERS; or a folder or Hugging Face id, of which only config.json is read.
-        bits: of the quantized matrices, as `convert` and mlx-lm choose them.
+        bits: of the quantized matrices, as `convert` and mlx-lm choose them; None: config.json's, else bfloat16.
 
     Raises:
         RodimusError: there is no such folder or model, mlx-lm lacks the architecture, or MLX lacks such bits.
     """
     config = SHAPES.get(name) or PEERS.get(name) or _read_config(name)
+    if bits is None and isinstance(config.get("quantization"), dict):
+        bits = config["quantization"].get("bits")
     model = random_model(config, bits, name)
     suffix = "" if bits is None else f", {bits} bit"
     return Subject(name + suffix, model)

@@ -81,6 +81,13 @@ def test_of_a_folder_only_the_config_is_read(tmp_path):
     assert subject.weight_bytes == parameter_bytes(subject.model) > 0
 
 
+def test_a_quantized_folder_stays_so(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(small("1.6b") | {"quantization": {"bits": 8, "group_size": 64}}))
+    subject = random_subject(str(tmp_path))
+    assert subject.name == f"{tmp_path}, 8 bit"
+    assert subject.model.model.layers[0].mixer.fc.bits == 8
+
+
 def test_weights_of_a_checkpoint_are_its_own():
     subject = load_subject(DEMO_FOLDER)
     assert subject.name == "demo"
