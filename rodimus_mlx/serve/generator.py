@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import select
 import socket
 from argparse import Namespace
@@ -28,6 +29,8 @@ from ..states.file import load_state
 from ..states.snapshot import Cache, compact, evaluate, snapshot
 from ..states.store import state_path
 from .errors import ApiError, Refused
+
+logger = logging.getLogger("rodimus_mlx")
 
 _MOST_STATES = 8  # named states held in memory
 
@@ -150,6 +153,9 @@ class Generator(ResponseGenerator):
             raise Refused(error) from error
         except RuntimeError as error:
             raise Refused(ApiError(503, "the server is not generating: it is ending or has failed")) from error
+        except Exception as error:
+            logger.exception("a prompt could not be read")
+            raise Refused(ApiError(500, "the server failed at this prompt; its log says more")) from error
         if context.prompt and isinstance(context.prompt[0], StateToken):
             context = _without_state_token(context)
         return context, _until_stop(context, responses, StopStrings(request.stops), request.connection)
@@ -188,11 +194,14 @@ class Generator(ResponseGenerator):
         token = self._states.pop(name, None)
         if token is None or token.version != version:
             model: Any = self.model_provider.model
-            token = StateToken(model.args.bos_token_id or 0)
-            token.cache, token.version = load_state(path, model, f"the state {name}").cache, version
+            fresh = StateToken(model.args.bos_token_id or 0)
+            fresh.cache, fresh.version = load_state(path, model, f"the state {name}").cache, version
+            if token is not None:
+                token.cache = []  # kept prompts may hold the token for long
+            token = fresh
         self._states[name] = token  # the latest last
         if len(self._states) > _MOST_STATES:
-            del self._states[next(iter(self._states))]
+            self._states.pop(next(iter(self._states))).cache = []
         return token
 
 

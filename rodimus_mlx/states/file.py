@@ -23,6 +23,7 @@ from .store import SUFFIX
 
 VERSION = 1
 _KEY = "rodimus_state"
+_PADDED = 256  # so that a file's size does not depend on how many digits the count has
 
 
 def _now() -> str:
@@ -65,7 +66,9 @@ def save_state(path: str | Path, model: Any, state: State) -> StateInfo:
     path = Path(path)
     info = StateInfo(**{**_shallow(state.info), "fingerprint": fingerprint(model)})
     # "model" and "tokenizer_config" are what mlx-lm's own command looks for
-    metadata = {_KEY: json.dumps({"version": VERSION, **asdict(info)}), "model": info.model, "tokenizer_config": "{}"}
+    text = json.dumps({"version": VERSION, **asdict(info)})
+    text += " " * (-len(text) % _PADDED)
+    metadata = {_KEY: text, "model": info.model, "tokenizer_config": "{}"}
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from rodimus_mlx.cli.app import main
 from rodimus_mlx.cli.chat import _CONTROL, COMMANDS
+from rodimus_mlx.cli.line_editor import _is_libedit
 from talker import save_talker, talker
 
 import rodimus_mlx
@@ -167,6 +168,7 @@ def test_editing_and_history(short: Session) -> None:
     assert short.end() == 0
 
 
+@pytest.mark.skipif(_is_libedit(), reason="libedit does not tell a paste from typing")
 @pytest.mark.parametrize("typed", ["\x1b[200~a\n\n  b\x1b[201~\n", "a\\\n\\\n  b\n"], ids=["paste", "backslash"])
 def test_several_lines_are_one_message(short: Session, typed: str) -> None:
     short.type(typed)

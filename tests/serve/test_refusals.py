@@ -265,6 +265,18 @@ class TestLoad:
         until(lambda: client.server.running == 0)
         assert client.complete("x") != ""
 
+    def test_a_failure_over_a_prompt_is_an_answer(self, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise KeyError("x")
+
+        monkeypatch.setattr("rodimus_mlx.serve.generator.encode_prompt", fail)
+        assert refusal(*client.post(TEXT, {"prompt": "x"}))[:2] == (
+            500,
+            "the server failed at this prompt; its log says more",
+        )
+        monkeypatch.undo()
+        assert client.complete("x") != ""
+
     def test_a_failure_inside_is_an_answer(self, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: Any, **__: Any) -> None:
             raise ZeroDivisionError
