@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LIMITS, Client
+from api_client import LIMITS, Client
 from talker import talker
 
 from rodimus_mlx.generation import generate, render_conversation

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import Client
+from api_client import Client
 from load_server import load
 from talker import talker
 

@@ -8,8 +8,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from api_client import Client
 from browser import Browser, find_browser
-from conftest import Client
 from talker import talker
 
 from rodimus_mlx.generation import generate

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from conftest import LIMITS, Client
+from api_client import LIMITS, Client
 
 from rodimus_mlx.errors import RodimusError
 from rodimus_mlx.serve.handler import Handler
