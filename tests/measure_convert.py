@@ -53,10 +53,12 @@ def main() -> None:
     shutil.rmtree(out)
 
     rng = random.Random(args.seed)
+    fastest = converting  # the source is in memory by now
     for number in range(1, args.kills + 1):
-        moment = rng.uniform(0.02, 1.05) * converting
-        state = kill(source, out, moment, args.arch)
-        print(f"kill {number} after {moment:.1f} s: OUT is {state}", flush=True)
+        moment = rng.uniform(0.02, 1.0) * fastest
+        state, ran = kill(source, out, moment, args.arch)
+        fastest = min(fastest, ran) if state == "complete" else fastest
+        print(f"kill {number} after {ran:.1f} s: OUT is {state}", flush=True)
     if args.kills:
         convert(source, out, file)
         left = sorted(path.name for path in args.folder.iterdir() if path != source)
@@ -89,19 +91,21 @@ def convert(source: Path, out: Path, file: Path) -> tuple[float, int]:
     return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def kill(source: Path, out: Path, moment: float, arch: str) -> str:
-    """Start the command and kill it; what became of OUT."""
+def kill(source: Path, out: Path, moment: float, arch: str) -> tuple[str, float]:
+    """Start the command and kill it; what became of OUT, and after how many seconds it was over."""
+    start = time.perf_counter()
     process = subprocess.Popen([*COMMAND, str(source), str(out), "--bits", "4"], stdout=subprocess.DEVNULL)
     try:
         process.wait(moment)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
         process.wait()
+    seconds = time.perf_counter() - start
     if not out.exists():
-        return "absent"
+        return "absent", seconds
     check(out, arch)
     shutil.rmtree(out)
-    return "complete"
+    return "complete", seconds
 
 
 def check(out: Path, arch: str) -> str:
