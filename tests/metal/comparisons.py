@@ -18,7 +18,7 @@ from rodimus_mlx.kernels.backend import Wish, use_backend
 from rodimus_mlx.kernels.check import ODD_SIZES, Sizes
 from rodimus_mlx.model import Model
 
-SIZES = (*ODD_SIZES, Sizes(1, 20, 24, 328))  # the last: rows of more values than their threads take at once
+SIZES = ODD_SIZES
 
 DECAYS = {"almost none": -7.0, "to -1": 0.0, "to -5": 5.0, "to -50": 50.0}  # a step, in logs
 DECAY_SIZES = Sizes(1, 150, 64, 40)
