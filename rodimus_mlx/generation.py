@@ -17,6 +17,8 @@ ROLE_TAG = "<role>"  # opens the next turn: a model that writes it has ended its
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
+PREFILL_STEP = 512  # tokens of a prompt read at once: peak memory is a step's, whatever the prompt's length
+
 
 def stream_generate(
     model: Any,
@@ -55,6 +57,7 @@ def stream_generate(
     if guesser is None:
         from mlx_lm.generate import stream_generate as mlx_stream_generate
 
+        options = {"prefill_step_size": PREFILL_STEP} | options
         responses = mlx_stream_generate(model, tokenizer, tokens, max_tokens=max_tokens, **options)
     else:
         from .speculative import speculative_responses
