@@ -87,7 +87,8 @@ class Server(ThreadingHTTPServer):
         self.vocab_size = model.args.vocab_size
         self.started = int(time.time())
         self.is_loopback = _is_loopback(host)
-        self._slots = threading.BoundedSemaphore(self.limits.requests)
+        self.running = 0  # requests that are being answered
+        self._counting = threading.Lock()
         mx.eval(model.parameters())  # here: the threads that answer must find nothing left to do
         self.fingerprint = fingerprint(model)
         try:
@@ -136,11 +137,6 @@ class Server(ThreadingHTTPServer):
             time.sleep(0.05)
         self.generator.stop_and_join()
 
-    @property
-    def running(self) -> int:
-        """Requests that are being answered."""
-        return self.limits.requests - self._slots._value
-
     @contextmanager
     def request_slot(self) -> Iterator[None]:
         """A place among those that run.
@@ -148,12 +144,15 @@ class Server(ThreadingHTTPServer):
         Raises:
             ApiError: there is none.
         """
-        if not self._slots.acquire(blocking=False):
-            raise ApiError(429, "too many requests at once: try again in a moment", code="rate_limit_exceeded")
+        with self._counting:
+            if self.running >= self.limits.requests:
+                raise ApiError(429, "too many requests at once: try again in a moment", code="rate_limit_exceeded")
+            self.running += 1
         try:
             yield
         finally:
-            self._slots.release()
+            with self._counting:
+                self.running -= 1
 
     def server_bind(self) -> None:
         """Without the look-up of the host's name in the stock one, which can take seconds."""
