@@ -53,6 +53,17 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "adapters": (),
     "draft_model": (),
 }
+# Beyond these nobody samples, but numbers of any size would reach the arrays.
+_RANGES = {
+    "temperature": (0, 100),
+    "repetition_penalty": (0, 100),
+    "presence_penalty": (-100, 100),
+    "frequency_penalty": (-100, 100),
+    "repetition_context_size": (0, 100_000),
+    "presence_context_size": (0, 100_000),
+    "frequency_context_size": (0, 100_000),
+}
+_COLDEST = 1e-4  # temperatures below are 0
 _MOST_STOPS = 16
 _LONGEST_STOP = 1000
 
@@ -120,6 +131,11 @@ def _check_numbers(passed: dict[str, Any], vocab_size: int, most_tokens: int) ->
             _refuse(f"{field} must be a finite number", field)
         if isinstance(value, bool) and field not in ("stream", "logprobs"):
             _refuse(f"{field} must not be a boolean", field)
+    for field, (low, high) in _RANGES.items():
+        if isinstance(value := passed.get(field), (int, float)) and not low <= value <= high:
+            _refuse(f"{field} must be at {'least' if value < low else 'most'} {low if value < low else high}", field)
+    if isinstance(value := passed.get("temperature"), (int, float)) and value < _COLDEST:
+        passed["temperature"] = 0
     for field in ("max_tokens", "max_completion_tokens"):
         if isinstance(passed.get(field), int) and passed[field] > most_tokens:
             _refuse(f"{field} must be at most {most_tokens}", field)
