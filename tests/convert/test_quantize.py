@@ -35,12 +35,16 @@ MOST_BITS = {"1.6b": 4.8, "4b": 4.8, "1.4b": 5.0}
 pytestmark = pytest.mark.filterwarnings("ignore:.* has no tokenizer")
 
 
+def parts_of(model):
+    return model.args, dict(tree_flatten(model.parameters()))
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_same_as_in_memory(source, out, scheme):
     summary = convert(source(), out, scheme=scheme)
     found, _ = load_model(out)
     model, _ = load_model(source(), dtype=mx.bfloat16)
-    expected = quantized_in_memory(model, choose(model.args, scheme, "default"))
+    expected = quantized_in_memory(*parts_of(model), choose(model.args, scheme, "default"))
     assert found.args.ffn_padding == (80 if scheme.group_size == 128 else 16)
     assert replace(found.args, eos_token_id=1) == expected.args
     ours, theirs = (dict(tree_flatten(each.parameters())) for each in (found, expected))
@@ -60,7 +64,7 @@ def test_recipes_open_in_mlx_lm(source, out, config, recipe):
     assert mx.array_equal(logits(found), logits(theirs))
     assert table["quantization"] == table["quantization_config"]
     model, _ = load_model(source(config), dtype=mx.bfloat16)
-    expected = quantized_in_memory(model, choose(model.args, scheme_of(recipe, None, 64, None), recipe))
+    expected = quantized_in_memory(*parts_of(model), choose(model.args, scheme_of(recipe, None, 64, None), recipe))
     assert mx.array_equal(logits(found), logits(expected))
 
 
@@ -117,7 +121,7 @@ def test_padding_changes_no_result(source, out):
 
 def test_padding_in_full_precision(source):
     model, _ = load_model(source())
-    wide = quantized_in_memory(model, {})
+    wide = quantized_in_memory(*parts_of(model), {})
     assert wide.args.ffn_padding == 16
     assert relative_error(logits(wide), logits(model)) < ROUNDING
 
