@@ -13,8 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mlx_lm.models.cache import CacheList, load_prompt_cache, save_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, load_prompt_cache, save_prompt_cache
 
+from ..config import RodimusConfig
 from ..convert.safetensors_file import read_safetensors
 from ..errors import RodimusError
 from .fingerprint import fingerprint, refuse_mismatch
@@ -61,8 +62,10 @@ def save_state(path: str | Path, model: Any, state: State) -> StateInfo:
     Returns: the info as written, with the model's fingerprint.
 
     Raises:
-        RodimusError: the file cannot be written.
+        RodimusError: nothing was read, or the file cannot be written.
     """
+    if not state.info.tokens:
+        raise RodimusError("there is nothing to keep: nothing was read yet")
     path = Path(path)
     info = StateInfo(**{**_shallow(state.info), "fingerprint": fingerprint(model)})
     # "model" and "tokenizer_config" are what mlx-lm's own command looks for
@@ -93,8 +96,8 @@ def load_state(path: str | Path, model: Any, label: str = "") -> State:
     info = read_info(path)
     refuse_mismatch(info.fingerprint, fingerprint(model), label)
     cache = load_cache(path)
-    if _kinds(cache) != _kinds(model.make_cache()):
-        raise RodimusError(f"{path} is damaged: its layers are not the model's")
+    if len(cache) != model.args.n_layer or not all(_fits(layer, model.args) for layer in cache):
+        raise RodimusError(f"{path} is damaged: its arrays are not of the model's sizes")
     return State(cache, info)
 
 
@@ -139,6 +142,27 @@ def _shallow(info: StateInfo) -> dict[str, Any]:
     return {each.name: getattr(info, each.name) for each in fields(info)}
 
 
-def _kinds(cache: Cache) -> list[list[str]]:
-    layers = [layer.caches if isinstance(layer, CacheList) else [layer] for layer in cache]
-    return [[type(part).__name__ for part in parts] for parts in layers]
+def _fits(layer: Any, config: RodimusConfig) -> bool:
+    """Whether a layer's cache is of the kinds and sizes that `compact` leaves: damage may not show anywhere else."""
+    parts: Any = layer.caches if isinstance(layer, CacheList) else [layer]
+    window = config.window_keys
+    kinds: list[type] = [ArraysCache]
+    if config.has_attention:
+        kinds.append(KVCache if window is None else RotatingKVCache)
+    if [type(part) for part in parts] != kinds:
+        return False
+    mixer, *attention = parts
+    found = [getattr(array, "shape", None) for array in mixer.cache]
+    if found != [(1, config.d_conv - 1, config.d_inner), (1, config.mem_size, config.d_inner)]:
+        return False
+    if not attention:
+        return True
+    keys = attention[0]
+    if type(keys.offset) is not int:
+        return False
+    length = keys.offset if window is None else min(keys.offset, window)
+    if window is not None and (keys.max_size, keys.keep, keys._idx) != (window, 0, length):
+        return False
+    widths = (heads * config.head_dim for heads in (config.num_heads_k, config.num_heads_v))
+    found = [getattr(array, "shape", None) for array in (keys.keys, keys.values)]
+    return found == [(1, 1, length, width) for width in widths]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from helpers import random_model, tiny_config
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mlx_lm.models.cache import load_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -106,6 +109,34 @@ class TestFile:
             with pytest.raises(RodimusError, match=message):
                 load_state(saved, demo[0])
 
+    def test_nothing(self, demo: tuple[Any, Any], tmp_path: Path) -> None:
+        with pytest.raises(RodimusError, match="nothing was read yet"):
+            save_state(tmp_path / "x.safetensors", demo[0], State(demo[0].make_cache(), StateInfo(0)))
+
+    # of a layer's tail, state, keys and values
+    @pytest.mark.parametrize("name", ["0.0.0.0.0", "0.0.0.0.1", "1.1.0.0", "1.1.0.1"])
+    def test_arrays_of_other_sizes(self, demo: tuple[Any, Any], saved: Path, name: str) -> None:
+        arrays, metadata = mx.load(str(saved), return_metadata=True)
+        arrays = dict(arrays)
+        assert name in arrays, sorted(arrays)
+        arrays[name] = arrays[name].swapaxes(-1, -2)
+        mx.save_safetensors(str(saved), arrays, metadata)
+        with pytest.raises(RodimusError, match=r"its arrays are not of the model's sizes"):
+            load_state(saved, demo[0])
+
+    @pytest.mark.parametrize("window", [None, 10, 500])
+    @pytest.mark.parametrize(("length", "taps"), [(1, 4), (7, 1), (40, 4)])
+    def test_every_kind_fits(self, window: int | None, length: int, taps: int, tmp_path: Path) -> None:
+        model = random_model(tiny_config(attn_cfg={"window_size": window}, mixer_cfg={"d_conv": taps}))
+        tokens = list(range(length))
+        for cache in (model.make_cache(), model.make_cache()):
+            for token in tokens:
+                model(mx.array([[token]]), cache=cache)
+            save_state(tmp_path / "x.safetensors", model, State(cache, StateInfo(length)))
+            loaded = load_state(tmp_path / "x.safetensors", model)
+            more = [[1, 2, 3]]
+            assert mx.allclose(model(mx.array(more), cache=loaded.cache), model(mx.array(more), cache=cache), atol=1e-4)
+
 
 class TestFingerprint:
     def changed(self, kind: str) -> Any:
@@ -144,3 +175,17 @@ class TestFingerprint:
             assert entries["weights"] == fingerprint(self.changed("not at all"))["weights"]
             found.add(entries["adapter"])
         assert len(found) == 3
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damage_is_a_clear_line(demo: tuple[Any, Any], saved: Path, data: st.DataObject) -> None:
+    content = bytearray(saved.read_bytes())
+    header = int.from_bytes(content[:8], "little") + 8
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, header - 1))
+        content[place] = data.draw(st.integers(0, 255))
+    broken = saved.with_name("broken.safetensors")
+    broken.write_bytes(bytes(content))
+    with contextlib.suppress(RodimusError):  # some damage does not show, such as a letter of a message
+        load_state(broken, demo[0])
