@@ -3,9 +3,9 @@
     python tests/bench_speculative.py [--model FOLDER] [--draft-model FOLDER]
     python tests/bench_speculative.py --shape 1.6b [--layers 24] [--draft-layers 4]
 
-With --shape, weights are random float32 of a released checkpoint's widths; the draft model is its first blocks with
-the same embeddings, or with --draft-shape another shape with random weights. Prompts repeat themselves like code
-does, so that prompt lookup has something to find.
+With --model, prompts are pieces of this package's own code. With --shape, weights are random float32 of a released
+checkpoint's widths, and prompts are random phrases that come again; the draft model is its first blocks with the same
+embeddings, or with --draft-shape another shape with random weights.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.generate import generate_step
 
+import rodimus_mlx
 from rodimus_mlx.bench.models import SHAPES
 from rodimus_mlx.config import RodimusConfig
 from rodimus_mlx.loading import DEMO_FOLDER, load_model
@@ -57,6 +58,13 @@ def prompts(vocab_size: int, count: int) -> list[list[int]]:
     ]
 
 
+def code_prompts(tokenizer: Any, count: int) -> list[list[int]]:
+    """Pieces of 96 tokens of this package's code."""
+    files = sorted(Path(rodimus_mlx.__file__).parent.rglob("*.py"))
+    tokens = tokenizer.encode("".join(file.read_text() for file in files), add_special_tokens=False)
+    return [tokens[begin : begin + 96] for begin in np.linspace(0, len(tokens) - 96, count).astype(int).tolist()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(DEMO_FOLDER))
@@ -76,19 +84,20 @@ def main() -> None:
         draft = random_shape(given.draft_shape, given.draft_layers) if given.draft_shape else None
         draft = draft or first_blocks(model, min(given.draft_layers, len(model.layers) - 1))
     else:
-        model = load_model(given.model)[0]
+        model, tokenizer = rodimus_mlx.load(given.model)
         draft = load_model(given.draft_model)[0] if given.draft_model else first_blocks(model, 1)
     name = f"{given.shape}, {len(model.layers)} blocks" if given.shape else Path(given.model).name
     print(f"{name}; draft model of {len(draft.layers)} blocks; {given.prompts} prompts, {given.tokens} tokens each")
-    report(model, {"lookup": PromptLookup, "draft model": lambda: DraftModel(draft)}, given)
+    asked = prompts(model.args.vocab_size, given.prompts) if given.shape else code_prompts(tokenizer, given.prompts)
+    report(model, asked, {"lookup": PromptLookup, "draft model": lambda: DraftModel(draft)}, given)
 
 
-def report(model: Any, guessers: dict[str, Any], given: argparse.Namespace) -> None:
+def report(model: Any, asked: list[list[int]], guessers: dict[str, Any], given: argparse.Namespace) -> None:
     """Measure and print; plain and speculative decoding by turns, prompt by prompt."""
     seconds = dict.fromkeys(["plain", *guessers], 0.0)
     stats = {name: SpeculativeStats() for name in guessers}
     same = dict.fromkeys(guessers, 0)
-    for prompt in prompts(model.args.vocab_size, given.prompts):
+    for prompt in asked:
         begin = time.perf_counter()
         plain = [token for token, _ in generate_step(mx.array(prompt), model, max_tokens=given.tokens)]
         seconds["plain"] += time.perf_counter() - begin
