@@ -39,7 +39,7 @@ def run(
     seq_len: Annotated[int, typer.Option(metavar="N", min=8, help="Tokens in such a row.")] = 512,
     batch: Annotated[int, typer.Option(metavar="N", min=1, help="Rows at a time.")] = 4,
     target_bits: Annotated[float | None, typer.Option(metavar="X", help="For dynamic: bits per weight in all.")] = None,
-    learning_rate: Annotated[float, typer.Option(metavar="X", help="For dwq.")] = 1e-6,
+    learning_rate: Annotated[float, typer.Option(metavar="X", help="For dwq.")] = 1e-5,
     measure: weights.Measure = None,
     upload: weights.Upload = None,
 ) -> None:

@@ -46,7 +46,7 @@ class Calibration(NamedTuple):
     samples: int = 128  # rows of text at most
     length: int = 512  # tokens in a row
     batch: int = 4  # rows at a time
-    learning_rate: float = 1e-6  # of dwq
+    learning_rate: float = 1e-5  # of dwq
     target_bits: float | None = None  # of dynamic: bits per weight in all; None: half-way from low to high
 
 

@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from rodimus_mlx.config import RodimusConfig
 from rodimus_mlx.errors import RodimusError
+from rodimus_mlx.generation import PREFILL_STEP
 from rodimus_mlx.hub import find_folder
 from rodimus_mlx.model import Model
 
@@ -22,7 +23,6 @@ from .schemes import make_scheme
 from .tensors import LazyTensor
 from .weights import FLOAT_DTYPES, WeightPlan, plan_weights, widest
 
-PREFILL_STEP = 2048  # tokens that a prompt is read in at a time, as mlx-lm does
 WHAT_IF_BITS = (8, 4)  # sizes also told for a checkpoint that is not quantized
 
 _PARTS = {  # a part of the model, and what its parameters' names hold
@@ -102,29 +102,37 @@ def cache_bytes(c: RodimusConfig, context: int, size: int) -> int:
     mixer = c.mem_size * c.d_inner * 4 + (c.d_conv - 1) * c.d_inner * size
     if not c.has_attention:
         return c.n_layer * mixer
-    # While a prompt is read, a window's buffer also holds the step that is just being read.
-    keys = context if c.window_keys is None else min(context, c.window_keys + PREFILL_STEP)
-    return c.n_layer * (mixer + keys * (c.num_heads_k + c.num_heads_v) * c.head_dim * size)
+    return c.n_layer * (mixer + _keys(c, context) * (c.num_heads_k + c.num_heads_v) * c.head_dim * size)
 
 
-def step_bytes(c: RodimusConfig, tokens: int, size: int) -> int:
-    """Bytes that reading so many tokens at once needs beside weights and cache.
+def _keys(c: RodimusConfig, context: int) -> int:
+    """Tokens whose keys are kept: while a prompt is read, a window's buffer also holds the step being read."""
+    return context if c.window_keys is None else min(context, c.window_keys + PREFILL_STEP)
+
+
+def step_bytes(c: RodimusConfig, context: int, size: int) -> int:
+    """Bytes that reading one step of a prompt needs beside weights and cache.
 
     A count of the arrays that a block makes. On the CPU, where the layers' plain forms run, half as much again was
-    measured, and each layer's x | z lives to the step's end; for a GPU, whose kernels make fewer arrays, nothing was.
+    measured, each layer's x | z lives to the step's end, and attention keeps its weights; for a GPU, whose kernels make
+    fewer arrays, nothing was.
     """
+    tokens = min(context, PREFILL_STEP)
     d, inner = c.d_model, c.d_inner
     stream = d * (2 * 4 + 2 * size)  # h in float32, twice while a sum is made, and what is to be added
     mixer = 2 * inner * size + inner * (4 * size + 3 * 4)  # x|z, u, c, v, y; v, o and their sum in float32
     ffn = 3 * c.d_ffn * size if c.has_attention else 0
     block = stream + max(mixer, ffn)
-    return tokens * (block if mx.default_device() == mx.gpu else block * 3 // 2 + c.n_layer * 2 * inner * size)
+    if mx.default_device() == mx.gpu:
+        return tokens * block
+    scores = c.num_heads * _keys(c, context) * 4
+    return tokens * (block * 3 // 2 + c.n_layer * 2 * inner * size + scores)
 
 
 def _run(c: RodimusConfig, weights: int, dtype: mx.Dtype, context: int) -> dict[str, int]:
     """Bytes to read a prompt of ``context`` tokens and go on from it."""
     cache = cache_bytes(c, context, dtype.size)
-    step = step_bytes(c, min(context, PREFILL_STEP), dtype.size)
+    step = step_bytes(c, context, dtype.size)
     logits = c.vocab_size * (dtype.size + 2 * 4)
     return {"weights": weights, "cache": cache, "work": step + logits, "total": weights + cache + step + logits}
 

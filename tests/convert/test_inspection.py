@@ -16,6 +16,7 @@ from synthetic import ARCHITECTURES, REPEATS_HEAD, random_tensors, write_checkpo
 
 from rodimus_mlx.config import RodimusConfig
 from rodimus_mlx.errors import RodimusError
+from rodimus_mlx.generation import PREFILL_STEP
 from rodimus_mlx.hub import find_folder
 from rodimus_mlx.loading import load_model
 
@@ -85,7 +86,7 @@ def test_memory_to_run(tmp_path, block, bits):
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     tokens = mx.array(np.random.default_rng(0).integers(0, 3000, context))
-    for _ in zip(range(3), generate_step(tokens, model, max_tokens=3)):
+    for _ in zip(range(3), generate_step(tokens, model, max_tokens=3, prefill_step_size=PREFILL_STEP)):
         pass
     used = mx.get_peak_memory() - before  # other tests' arrays may still be there
     assert NEAR[0] <= (predicted["cache"] + predicted["work"]) / used <= NEAR[1]
