@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     from mlx_lm.generate import GenerationResponse
 
-EXAMPLE = "  rodimus-mlx generate 'def quicksort(a):' --max-tokens 100 --temp 0.2"
+EXAMPLE = """\
+  rodimus-mlx generate 'def quicksort(a):' --max-tokens 100 --temp 0.2
+  rodimus-mlx generate --fim-prefix 'def mean(a):' --fim-suffix 'return total'"""
 
 
 def run(
@@ -42,6 +44,12 @@ def run(
     stream_in: Annotated[
         bool, typer.Option("--stream-in", help="Read standard input to its end, however long; PROMPT comes after it.")
     ] = False,
+    fim_prefix: Annotated[
+        str | None, typer.Option("--fim-prefix", metavar="TEXT", help="Fill in the middle: what stands before.")
+    ] = None,
+    fim_suffix: Annotated[
+        str | None, typer.Option("--fim-suffix", metavar="TEXT", help="Fill in the middle: what stands after.")
+    ] = None,
     draft_model: options.DraftModel = None,
     lookup: options.Lookup = False,
     draft_tokens: options.DraftTokens = 4,
@@ -51,16 +59,23 @@ def run(
 
     The text goes to standard output as it is made; speeds and memory go to
     standard error. Ctrl-C ends with what there is.
+
+    --fim-prefix and --fim-suffix ask for the text between the two instead.
     """
     if temp == 0 and (top_p < 1 or top_k > 0 or min_p > 0):
         warnings.warn("--top-p, --top-k and --min-p do nothing at --temp 0", RodimusWarning, stacklevel=2)
     if draft_model and lookup:
         raise typer.BadParameter("either of the two, not both", param_hint="'--draft-model' / '--lookup'")
-    text = "" if stream_in else _read_prompt(prompt)
+    fills = fim_prefix is not None or fim_suffix is not None
+    if fills:
+        _refuse_beside_fim(PROMPT=prompt is not None, chat=chat, system=system is not None, stream_in=stream_in)
+        chat = False
+    text = "" if stream_in or fills else _read_prompt(prompt)
 
     import mlx.core as mx
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+    from ..fim import fim_prompt
     from ..generation import ROLE_TAG, encode_prompt, stream_generate
     from ..loading import DEMO_FOLDER, load
     from ..speculative import PromptLookup, SpeculativeStats, load_draft_model
@@ -82,6 +97,8 @@ def run(
         frame_of = frame(tokenizer, _messages(system, MARK + question)) if chat else ("", question)
         reading = read_standard_input(loaded, tokenizer, cache, *frame_of)
         tokens = reading.last
+    elif fills:
+        tokens = encode_prompt(loaded, tokenizer, fim_prompt(tokenizer, fim_prefix or "", fim_suffix or ""))
     else:
         tokens = encode_prompt(loaded, tokenizer, _messages(system, text) if chat else text)
 
@@ -130,6 +147,14 @@ def _read_prompt(prompt: str | None) -> str:
     if not prompt:
         raise RodimusError("the prompt is empty: there is nothing to continue")
     return prompt
+
+
+def _refuse_beside_fim(**others: bool | None) -> None:
+    """``others``: what there is no place for in the middle, and whether it was given."""
+    for name, given in others.items():
+        if given:
+            shown = name if name.isupper() else "--" + name.replace("_", "-")
+            raise typer.BadParameter(f"not together with {shown}", param_hint="'--fim-prefix' / '--fim-suffix'")
 
 
 def _messages(system: str | None, text: str) -> list[dict[str, str]]:
