@@ -39,12 +39,12 @@ _PASSED = {
     "seed",
     "stop",
     "state",
+    "suffix",
 }
 # What a client would notice the lack of, and the values that mean nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
-    "suffix": ("",),
     "echo": (False,),
     "tools": ([],),
     "functions": ([],),
@@ -109,9 +109,15 @@ def check_body(
     if chat:
         passed["messages"] = _messages(body.get("messages"))
         passed.pop("prompt", None)
+        if passed.pop("suffix", ""):
+            _refuse("suffix goes with a prompt, not with messages", "suffix")
     else:
         passed["prompt"] = _prompt(body.get("prompt"))
         passed.pop("messages", None)
+        if not isinstance(passed.get("suffix", ""), str):
+            _refuse("suffix must be a text", "suffix")
+        if passed.get("suffix") and not isinstance(passed["prompt"], str):
+            _refuse("with a suffix, prompt must be a text", "prompt")
     if not isinstance(passed.get("state", ""), str):
         _refuse("state must be the name of a state", "state")
     if "stream_options" in passed:

@@ -24,6 +24,7 @@ from mlx_lm.server import (
 )
 
 from ..errors import RodimusError
+from ..fim import fim_prompt
 from ..generation import StopStrings, encode_prompt, encode_text, render_conversation
 from ..states.file import load_state
 from ..states.snapshot import Cache, compact, evaluate, snapshot
@@ -106,10 +107,11 @@ class PromptCache(LRUPromptCache):
 class StateRequest(CompletionRequest):
     """A request that may go on from a named state.
 
-    stops: strings that end the text; mlx-lm would look for them token by token. connection: tells when the client has
-    gone.
+    suffix: what comes after the text that is asked for; the prompt comes before. stops: strings that end the text;
+    mlx-lm would look for them token by token. connection: tells when the client has gone.
     """
 
+    suffix: str = ""
     state: str | None = None
     stops: tuple[str, ...] = ()
     connection: socket.socket | None = None
@@ -166,7 +168,10 @@ class Generator(ResponseGenerator):
         """The prompt, its segments and their kinds (mlx-lm keeps a cache at the end of each), and mlx-lm's rest."""
         chat = request.request_type == "chat"
         try:
-            prompt = encode_prompt(self.model_provider.model, tokenizer, request.messages if chat else request.prompt)
+            given = request.messages if chat else request.prompt
+            if request.suffix:
+                given = fim_prompt(tokenizer, request.prompt, request.suffix)
+            prompt = encode_prompt(self.model_provider.model, tokenizer, given)
             if len(prompt) > self._most_prompt_tokens:
                 raise ApiError(
                     400,

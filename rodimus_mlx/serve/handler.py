@@ -184,7 +184,10 @@ class Handler(APIHandler):
 
     def _as_ours(self, request: CompletionRequest) -> StateRequest:
         return StateRequest(
-            **vars(request), state=self.body.get("state", self.server.default_state) or None, connection=self.connection
+            **vars(request),
+            suffix=self.body.get("suffix", ""),
+            state=self.body.get("state", self.server.default_state) or None,
+            connection=self.connection,
         )
 
     def _listing(self, path: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 from api_client import LIMITS, Client
 from talker import talker
 
+from rodimus_mlx.fim import fim_prompt
 from rodimus_mlx.generation import generate, render_conversation
 from rodimus_mlx.states import save_state
 from rodimus_mlx.states.make import make_state
@@ -52,6 +53,17 @@ class TestCompletions:
         assert answer["model"] == "talker"
         assert answer["usage"]["prompt_tokens"] == len(talker()[1].encode(text))
         assert answer["usage"]["completion_tokens"] == COUNT
+
+    @pytest.mark.parametrize("prompt", ["one", "", "<|fim_hole|>"])
+    def test_fills_in_the_middle(self, client: Client, prompt: str) -> None:
+        expected = alone(fim_prompt(talker()[1], prompt, "two"))
+        assert client.complete(prompt, suffix="two") == expected
+        events = client.stream("/v1/completions", {"prompt": prompt, "suffix": "two", "max_tokens": COUNT})
+        assert "".join(event["choices"][0]["text"] for event in events) == expected
+
+    def test_an_empty_suffix_is_none(self, client: Client) -> None:
+        assert client.complete("one", suffix="") == alone("one")
+        assert client.complete([64, 65], suffix="") == alone([64, 65])
 
     def test_streams(self, client: Client) -> None:
         body = {"messages": user("one"), "max_tokens": COUNT, "stream_options": {"include_usage": True}}

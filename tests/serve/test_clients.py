@@ -13,6 +13,7 @@ from api_client import Client
 from load_server import load
 from talker import talker
 
+from rodimus_mlx.fim import fim_prompt
 from rodimus_mlx.generation import generate
 
 MESSAGES: list[dict[str, str]] = [{"role": "system", "content": "s"}, {"role": "user", "content": "one"}]
@@ -61,6 +62,10 @@ class TestOpenAI:
         assert client.completions.create(**options).choices[0].text == alone("one")
         stream = client.completions.create(**options, stream=True)
         assert "".join(chunk.choices[0].text for chunk in stream) == alone("one")
+
+    def test_a_suffix(self, client: Any) -> None:
+        answer = client.completions.create(model="talker", prompt="one", suffix="two", max_tokens=8)
+        assert answer.choices[0].text == alone(fim_prompt(talker()[1], "one", "two"))
 
     def test_models(self, client: Any) -> None:
         assert [model.id for model in client.models.list()] == ["talker"]
