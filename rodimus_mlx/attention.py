@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from .cache import update
 from .config import RodimusConfig
+from .kernels.backend import active_backend
 
 QUERY_BLOCK = 1024  # queries that share one block of scores, at most; a narrow window gets narrower blocks
 
@@ -146,7 +147,9 @@ class SharedKeyAttention(nn.Module):
         batch, _, length, _ = x.shape
         x = x.reshape(batch, length, heads, self.head_dim).swapaxes(1, 2)
         if heads == 1:
-            return mx.broadcast_to(x, (batch, self.heads[0], length, self.head_dim))
+            x = mx.broadcast_to(x, (batch, self.heads[0], length, self.head_dim))
+            # cuDNN's gradient of the keys takes their layout, in which heads must not share one place
+            return mx.contiguous(x) if self.training and active_backend() == "cuda" else x
         return x if heads == self.heads[0] else mx.tile(x, (1, self.heads[0] // heads, 1, 1))
 
     def _attention(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) -> mx.array:

@@ -2,7 +2,7 @@
 
     python train.py config_plus.json TOKENS TOKENIZER OUT --minutes 8
 
-TOKENS is what tokenize_data.py wrote. OUT becomes a folder that rodimus-mlx opens, with metrics.jsonl of the losses.
+TOKENS is what tokenize_data.py wrote. OUT becomes a folder that rodimus-mlx opens, with metrics.jsonl of the losses; OUT/run has the best weights so far.
 With --minutes the speed is measured first, by a few steps that are thrown away.
 """
 
@@ -86,7 +86,8 @@ def main() -> None:
     note(f"{models.parameters(model):,} parameters")
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "metrics.jsonl").open("w") as metrics:
-        train(model, training, settings(steps, max(1, steps // 100)), valid=valid, observers=[recorder(metrics, start)])
+        options = {"valid": valid, "out": args.out / "run", "observers": [recorder(metrics, start)]}  # the best so far
+        train(model, training, settings(steps, max(1, steps // 100)), **options)
     models.save(model, args.config, args.tokenizer, args.out)
     note(f"{args.out}: done after {time.perf_counter() - start:.0f} s")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -91,10 +92,11 @@ def train(
     samples: Sequence[Sample],
     settings: Settings,
     valid: Sequence[Sample] = (),
+    out: Path | None = None,
     observers: Iterable[trainer.Observer] = (),
 ) -> trainer.Result:
     """The trainer's `train` for this model."""
-    return _Run(model, samples, settings, valid, None, list(observers), {}).go()
+    return _Run(model, samples, settings, valid, out, list(observers), {}).go()
 
 
 class _Run(trainer._Run):
