@@ -1,11 +1,14 @@
 """Multi-query associative recall (MQAR): how much does a state of a given size remember?
 
-    python mqar.py --mem-size 16 64 256 --block rodimus rodimus_plus --seeds 2
+    python mqar.py --mem-size 16 64 256 --block rodimus rodimus_plus --seeds 2 --out mqar.jsonl
 
 A sequence lists key-value pairs, then asks for every key's value once. Two-layer models are trained from scratch on
-sequences of an eighth, a quarter, half and all of --pairs, and measured on new ones of --pairs. The task is that of
+sequences of a few pairs up to all of --pairs, and measured on new ones of --pairs. The task is that of
 "Zoology: Measuring and Improving Recall in Efficient Language Models" (arXiv 2312.04927), at the size of the Rodimus
 paper's figure: 1,024 tokens, 256 pairs, 8,192 words.
+
+Every finished run is a line in --out; a later call with the same settings goes on after those. With --seconds the
+speed is measured first, and all runs get as many steps, up to --steps, as fit in that time together.
 """
 
 from __future__ import annotations
@@ -14,13 +17,15 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from rodimus_mlx.config import RodimusConfig
+from rodimus_mlx.errors import RodimusError
 from rodimus_mlx.finetune.data import Sample
 from rodimus_mlx.finetune.initialize import initialize
 from rodimus_mlx.finetune.settings import Settings
@@ -30,14 +35,41 @@ LAYERS = 2
 NEARNESS = 0.01  # exponent of the power law of a query's distance from the pairs, plus 1; Zoology's
 TESTS = 512  # sequences to measure on
 ROWS = 256  # made or measured at once
+SHARES = (64, 16, 4, 2, 1)  # training has --pairs divided by each; recall is learned on the few, and then on the many
+TRIAL = 12  # steps to measure the speed by, the first ones compile
+MARGIN = 0.93  # of the seconds: the rest is for measuring accuracy
+
+# Accuracies in the paper's figure (arXiv 2410.06577), at its sizes.
+PAPER = {
+    "Rodimus": {16: 0.25, 32: 0.37, 64: 0.65, 128: 0.74, 256: 0.82},
+    "Rodimus+": {16: 0.37, 32: 0.72, 64: 0.91, 128: 0.97, 256: 0.97},
+    "Mamba-2": {16: 0.11, 32: 0.26, 64: 0.31, 128: 0.41, 256: 0.61},
+}
+
+Run = tuple[str, int, int]  # block, n, seed
 
 
 def main() -> None:
     """Train and measure every combination; a line of JSON each, then the table."""
+    args = parser().parse_args()
+    start = time.perf_counter()
+    runs = [(block, n, seed) for seed in range(args.seeds) for block in args.block for n in args.mem_size]
+    scores = finished(args)
+    todo = [run for run in runs if run not in scores]
+    try:
+        if todo:
+            scores |= train_all(args, todo, start)
+    except RodimusError as error:
+        sys.exit(f"Error: {error}")
+    print(table({run: scores[run] for run in runs}, args.block, args.mem_size))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mem-size", type=int, nargs="+", default=[16, 64, 256], help="n, the state is n x 2d")
     parser.add_argument("--block", nargs="+", default=["rodimus", "rodimus_plus"])
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1, help="of the weights and the batches")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--pairs", type=int, default=256)
     parser.add_argument("--vocab-size", type=int, default=8192)
@@ -46,25 +78,92 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=32000, help="sequences to train on")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    args = parser.parse_args()
+    parser.add_argument("--seconds", type=float, help="take about so long in all: fewer steps where need be")
+    parser.add_argument("--out", type=Path, help="file of finished runs, .jsonl, added to")
+    return parser
 
-    counts = sorted({max(1, args.pairs // share) for share in (8, 4, 2, 1)})
-    scores: dict[tuple[str, int], list[float]] = {}
-    for seed in range(args.seeds):
-        training = mixture(args.samples, args.length, counts, args.vocab_size, seed)
-        tests = sequences(TESTS, args.length, args.pairs, args.vocab_size, np.random.default_rng([seed, 1]))
-        for block in args.block:
-            for n in args.mem_size:
-                start = time.perf_counter()
-                model = initialize(config(block, n, args.d_model, args.vocab_size, args.window), seed)
-                train(model, training, settings(args, seed))
-                score = accuracy(model, tests)
-                scores.setdefault((block, n), []).append(score)
-                facts = {"block": block, "mem_size": n, "seed": seed, "accuracy": round(score, 4)}
-                print(json.dumps({**facts, "seconds": round(time.perf_counter() - start, 1)}), flush=True)
-    print(table(scores, args.block, args.mem_size))
+
+def train_all(
+    args: argparse.Namespace, runs: Sequence[Run], start: float, change: Callable[[Any], None] | None = None
+) -> dict[Run, float]:
+    """The accuracy of each run, written as soon as it is known; ``change`` is done to each new model."""
+    counts = sorted({max(1, args.pairs // share) for share in SHARES})
+    training = mixture(args.samples, args.length, counts, args.vocab_size, 0)
+    tests = sequences(TESTS, args.length, args.pairs, args.vocab_size, np.random.default_rng([0, 1]))
+    note(f"{len(training)} sequences, made in {time.perf_counter() - start:.1f} s")
+    steps = args.steps if args.seconds is None else fitting_steps(args, runs, training, start)
+    scores = {}
+    for block, n, seed in runs:
+        begin = time.perf_counter()
+        model = new(args, block, n, seed)
+        if change is not None:
+            change(model)
+        train(model, training, settings(args, steps, seed), observers=[reporter(f"{block} n {n} seed {seed}")])
+        score = accuracy(model, tests)
+        scores[block, n, seed] = score
+        seconds = round(time.perf_counter() - begin, 1)
+        facts = {"block": block, "mem_size": n, "seed": seed, "accuracy": round(score, 4), "steps": steps}
+        line = json.dumps({**facts, "seconds": seconds, "settings": asked(args)})
+        print(line, flush=True)
+        if args.out:
+            with args.out.open("a") as file:
+                file.write(line + "\n")
+    return scores
+
+
+def fitting_steps(args: argparse.Namespace, runs: Sequence[Run], training: Sequence[Sample], start: float) -> int:
+    """As many steps, the same for all runs, as fit in --seconds."""
+    tokens = args.batch_size * args.length
+    seconds = {}
+    for block, n in dict.fromkeys(run[:2] for run in runs):
+        rates: list[float] = []
+
+        def observe(event: dict[str, Any], rates: list[float] = rates) -> None:
+            if event["event"] == "report":
+                rates.append(event["tokens_per_second"])
+
+        train(new(args, block, n, 0), training, settings(args, TRIAL, 0, reports=4), observers=[observe])
+        seconds[block, n] = tokens / max(rates)
+        note(f"{block} n {n}: {seconds[block, n]:.4f} s a step")
+    left = MARGIN * args.seconds - (time.perf_counter() - start)
+    return max(1, min(args.steps, int(left / sum(seconds[run[:2]] for run in runs))))
+
+
+def finished(args: argparse.Namespace) -> dict[Run, float]:
+    """The accuracies that --out already has, of the same settings."""
+    if args.out is None or not args.out.exists():
+        return {}
+    lines = [json.loads(line) for line in args.out.read_text().splitlines()]
+    own = [line for line in lines if line["settings"] == asked(args)]
+    return {(line["block"], line["mem_size"], line["seed"]): line["accuracy"] for line in own}
+
+
+def asked(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that a run's result depends on."""
+    others = {"mem_size", "block", "seeds", "out"}
+    return {name: value for name, value in vars(args).items() if name not in others}
+
+
+def new(args: argparse.Namespace, block: str, n: int, seed: int) -> Any:
+    """A model to train."""
+    return initialize(config(block, n, args.d_model, args.vocab_size, args.window), seed)
+
+
+def reporter(name: str) -> Any:
+    """Notes the loss on standard error."""
+
+    def observe(event: dict[str, Any]) -> None:
+        if event["event"] == "report":
+            note(f"{name}: step {event['step']} loss {event['loss']:.3f}")
+
+    return observe
+
+
+def note(text: str) -> None:
+    """A line on standard error, at once."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def config(block: str, n: int, d_model: int, vocab_size: int, window: int) -> RodimusConfig:
@@ -85,20 +184,20 @@ def config(block: str, n: int, d_model: int, vocab_size: int, window: int) -> Ro
     )
 
 
-def settings(args: argparse.Namespace, seed: int) -> Settings:
+def settings(args: argparse.Namespace, steps: int, seed: int, reports: int = 20) -> Settings:
     """Adam with a warm-up and a linear fall to zero."""
     return Settings(
         method="full",
         seq_len=args.length,
         batch_size=args.batch_size,
-        iters=args.steps,
+        iters=steps,
         learning_rate=args.learning_rate,
         schedule="linear",
-        warmup=max(1, args.steps // 20),
+        warmup=max(1, steps // 20),
         weight_decay=0.1,
         dtype=args.dtype,
         seed=seed,
-        report_every=args.steps,
+        report_every=max(1, steps // reports),
     )
 
 
@@ -153,17 +252,30 @@ def accuracy(model: Any, tests: tuple[np.ndarray, np.ndarray]) -> float:
     return right / int(tests[1].sum())
 
 
-def table(scores: dict[tuple[str, int], list[float]], blocks: Sequence[str], sizes: Sequence[int]) -> str:
-    """Markdown: means, and the spread over seeds."""
-    lines = ["| MQAR | " + " | ".join(f"n = {n}" for n in sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
+def table(scores: dict[Run, float], blocks: Sequence[str], sizes: Sequence[int]) -> str:
+    """Markdown: means and the spread over seeds, and beside them the paper's."""
+    lines = ["| accuracy | " + " | ".join(f"n = {n}" for n in sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
     for block in blocks:
-        cells = []
-        for n in sizes:
-            own = scores[block, n]
-            cells.append(f"{np.mean(own):.2f}" + (f" ({min(own):.2f} to {max(own):.2f})" if len(own) > 1 else ""))
-        lines.append(f"| {block} | " + " | ".join(cells) + " |")
+        own = [[score for run, score in scores.items() if run[:2] == (block, n)] for n in sizes]
+        lines.append(row(f"{block}, here", map(cell, own)))
+    for name, values in PAPER.items():
+        own = [[values[n]] if n in values else [] for n in sizes]
+        lines.append(row(f"{name}, paper: 1,024 tokens, 256 pairs", map(cell, own)))
     return "\n".join(lines)
 
 
+def cell(values: Sequence[float]) -> str:
+    """The mean, and the spread of several."""
+    if not values:
+        return ""
+    spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{spread}"
+
+
+def row(name: str, cells: Iterable[str]) -> str:
+    """A line of the table."""
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -5,5 +5,5 @@ from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
-for folder in ("train_small", "mqar"):
+for folder in ("train_small", "mqar", "ablations"):
     sys.path.insert(0, str(EXAMPLES / folder))

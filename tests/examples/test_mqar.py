@@ -57,12 +57,42 @@ def test_a_perfect_and_a_blind_model_are_told_apart(made):
     assert mqar.accuracy(blind, made) == 0
 
 
-def test_the_command_trains_and_prints_a_table(monkeypatch, capsys):
-    sizes = "--length 16 --pairs 2 --vocab-size 16 --d-model 32 --window 8 --mem-size 8 --samples 800"
-    training = "--steps 4 --batch-size 16 --seeds 2"
-    monkeypatch.setattr(sys, "argv", ["mqar.py", *sizes.split(), *training.split()])
+SIZES = "--length 16 --pairs 2 --vocab-size 16 --d-model 32 --window 8 --mem-size 8 --samples 800".split()
+TRAINING = "--steps 4 --batch-size 16 --seeds 2".split()
+
+
+def run(monkeypatch, capsys, *options):
+    monkeypatch.setattr(sys, "argv", ["mqar.py", *SIZES, *TRAINING, *map(str, options)])
     mqar.main()
-    lines = capsys.readouterr().out.splitlines()
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_command_trains_and_prints_a_table_beside_the_papers(monkeypatch, capsys):
+    lines = run(monkeypatch, capsys)
     assert [json.loads(line)["block"] for line in lines[:4]] == ["rodimus", "rodimus_plus"] * 2
-    assert lines[4] == "| MQAR | n = 8 |"
+    assert lines[4] == "| accuracy | n = 8 |"
     assert " to " in lines[6]
+    assert [line.split(",")[0] for line in lines[-3:]] == ["| Rodimus", "| Rodimus+", "| Mamba-2"]
+
+
+def test_the_papers_numbers_stand_under_their_sizes():
+    lines = mqar.table({}, [], [16, 20, 64])
+    assert lines.splitlines()[3].endswith("| 0.37 |  | 0.91 |")
+
+
+def test_a_second_call_goes_on_after_the_runs_that_are_finished(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "runs.jsonl"
+    first = run(monkeypatch, capsys, "--block", "rodimus", "--out", out)
+    second = run(monkeypatch, capsys, "--out", out)
+    assert [json.loads(line)["block"] for line in second[:2]] == ["rodimus_plus"] * 2
+    assert first[-4] in second
+    assert len(out.read_text().splitlines()) == 4
+    run(monkeypatch, capsys, "--block", "rodimus", "--learning-rate", 0.001, "--out", out)
+    assert len(out.read_text().splitlines()) == 6, "other settings are other runs"
+
+
+def test_all_runs_get_as_many_steps_as_the_seconds_allow(monkeypatch, capsys):
+    lines = run(monkeypatch, capsys, "--steps", 10**6, "--seconds", 4, "--seeds", 1)
+    steps = {json.loads(line)["steps"] for line in lines[:2]}
+    assert len(steps) == 1
+    assert 1 <= steps.pop() < 10**6
