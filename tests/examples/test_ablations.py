@@ -95,8 +95,8 @@ def run(monkeypatch, capsys, *arguments):
 
 
 def test_recall_is_measured_for_every_variant(monkeypatch, capsys, tmp_path):
-    sizes = "--length 16 --pairs 2 --vocab-size 16 --d-model 32 --mem-size 8 --samples 800 --block rodimus".split()
-    options = ("recall", *sizes, "--steps", 2, "--batch-size", 16, "--out", tmp_path / "out.jsonl")
+    sizes = "--length 16 --pairs 2 --vocab-size 16 --d-model 32 --mem-size 8 --samples 800 --block rodimus"
+    options = ("recall", *sizes.split(), "--steps", 2, "--batch-size", 16, "--out", tmp_path / "out.jsonl")
     lines = run(monkeypatch, capsys, *options)
     assert [line.split(", ")[1].split(" |")[0] for line in lines[-4:]] == list(ablate.VARIANTS)
     assert run(monkeypatch, capsys, *options) == lines[-6:], "nothing is trained twice"

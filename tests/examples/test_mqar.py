@@ -57,12 +57,12 @@ def test_a_perfect_and_a_blind_model_are_told_apart(made):
     assert mqar.accuracy(blind, made) == 0
 
 
-SIZES = "--length 16 --pairs 2 --vocab-size 16 --d-model 32 --window 8 --mem-size 8 --samples 800".split()
-TRAINING = "--steps 4 --batch-size 16 --seeds 2".split()
+SIZES = "--length 16 --pairs 2 --vocab-size 16 --d-model 32 --window 8 --mem-size 8 --samples 800"
+TRAINING = "--steps 4 --batch-size 16 --seeds 2"
 
 
 def run(monkeypatch, capsys, *options):
-    monkeypatch.setattr(sys, "argv", ["mqar.py", *SIZES, *TRAINING, *map(str, options)])
+    monkeypatch.setattr(sys, "argv", ["mqar.py", *SIZES.split(), *TRAINING.split(), *map(str, options)])
     mqar.main()
     return capsys.readouterr().out.splitlines()
 
