@@ -55,6 +55,7 @@ def run(
     ] = "128,4096",
     tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to decode each time.")] = 64,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Times to measure everything.")] = 5,
+    prefill_step: Annotated[int, typer.Option(metavar="N", min=1, help="Prompt tokens to read at a time.")] = 2048,
     as_json: evaluation.Json = False,
 ) -> None:
     """Measure prefill, decoding and memory.
@@ -76,7 +77,8 @@ def run(
     subjects = [first] if compare is None else [first, random_subject(compare, bits)]
     bandwidth = memory_bandwidth()
     with ByteProgress("Measuring", unit=" passes") as progress:
-        found = measure(subjects, prompt_lengths, tokens=tokens, rounds=rounds, progress=progress)
+        sizes: dict[str, Any] = {"tokens": tokens, "rounds": rounds, "prefill_step": prefill_step}
+        found = measure(subjects, prompt_lengths, **sizes, progress=progress)
     machine = _machine() | {"bandwidth_gb_per_second": round(bandwidth / 1e9, 1)}
     ratios = _ratios(found) if compare else []
     if as_json:

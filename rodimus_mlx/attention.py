@@ -12,6 +12,8 @@ from .config import RodimusConfig
 from .kernels.backend import active_backend
 
 QUERY_BLOCK = 1024  # queries that share one block of scores, at most; a narrow window gets narrower blocks
+BAND_BLOCK = 256  # queries in a block of a band, whose blocks all see as many keys
+BAND_BLOCKS = 8  # blocks computed at once
 
 
 class AttentionMasks:
@@ -132,9 +134,8 @@ class SharedKeyAttention(nn.Module):
         if cache is not None:
             k, v = update(cache, k, v)
             starts = getattr(cache, "left_padding", None)  # the first real key of each row, in a batch
-        k, v = self._heads(k, self.heads[1]), self._heads(v, self.heads[2])  # [B, H, S, head]
         if full or (length == 1 and cache is not None):
-            return self._attention(q, k, v, None if masks is None else masks.single)
+            return self._attention(q, *self._heads(k, v), None if masks is None else masks.single)
         return self._banded_attention(q, k, v, masks or AttentionMasks(), starts)
 
     def _fold(self, x: mx.array) -> mx.array:
@@ -142,7 +143,11 @@ class SharedKeyAttention(nn.Module):
         batch, heads, length, _ = x.shape
         return x if heads == 1 else x.swapaxes(1, 2).reshape(batch, 1, length, -1)
 
-    def _heads(self, x: mx.array, heads: int) -> mx.array:
+    def _heads(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """Keys and values [B, 1, S, heads * head], each with its own number of heads -> [B, H, S, head]."""
+        return self._unfold(k, self.heads[1]), self._unfold(v, self.heads[2])
+
+    def _unfold(self, x: mx.array, heads: int) -> mx.array:
         """[B, 1, S, heads * head] -> [B, H, S, head]: query head i uses head i mod `heads`."""
         batch, _, length, _ = x.shape
         x = x.reshape(batch, length, heads, self.head_dim).swapaxes(1, 2)
@@ -159,18 +164,54 @@ class SharedKeyAttention(nn.Module):
     def _banded_attention(
         self, q: mx.array, k: mx.array, v: mx.array, masks: AttentionMasks, starts: mx.array | None
     ) -> mx.array:
-        """Causal attention of the last T of S tokens, block by block, so that no score lies far outside the window."""
+        """Causal attention of the last T of S tokens, block by block, so that no score lies far outside the window.
+
+        q [B, H, T, head]; k and v [B, 1, S, heads * head].
+        """
         length, total = q.shape[2], k.shape[2]
         past = total - length
         window = total if self.window is None else self.window
         size = min(QUERY_BLOCK, max(256, (window + 127) // 128 * 128))
+        band = self._band(q, past, window, masks, starts)
+        heads_k, heads_v = self._heads(k, v)
         outputs = []
-        for begin in range(0, length, size):
-            end = min(begin + size, length)
+        for begin in range(0, band.start, size):
+            end = min(begin + size, band.start)
             first, last = max(0, past + begin - window + 1), past + end  # the keys that the block's queries see
             mask = masks.block((begin, end), (first, last), window, past, starts, q.dtype)
-            outputs.append(self._attention(q[:, :, begin:end], k[:, :, first:last], v[:, :, first:last], mask))
+            keys, values = heads_k[:, :, first:last], heads_v[:, :, first:last]
+            outputs.append(self._attention(q[:, :, begin:end], keys, values, mask))
+        for begin in range(band.start, band.stop, BAND_BLOCK * BAND_BLOCKS):
+            end = min(begin + BAND_BLOCK * BAND_BLOCKS, band.stop)
+            outputs.append(self._attention_in_band(q[:, :, begin:end], k, v, past + begin, window, masks))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)
+
+    def _band(self, q: mx.array, past: int, window: int, masks: AttentionMasks, starts: mx.array | None) -> range:
+        """The queries, at the end and in whole blocks, for which `_attention_in_band` serves; not for gradients."""
+        length = q.shape[2]
+        plain = q.shape[0] == 1 and starts is None and masks.padding is None and masks.documents is None
+        if self.training or not plain or self.heads[1] != 1 or self.heads[2] != self.heads[0]:
+            return range(length, length)
+        filled = max(0, window - 1 - past)  # queries before whose windows are full
+        return range(length - max(0, length - filled) // BAND_BLOCK * BAND_BLOCK, length)
+
+    def _attention_in_band(
+        self, q: mx.array, k: mx.array, v: mx.array, position: int, window: int, masks: AttentionMasks
+    ) -> mx.array:
+        """Attention of blocks of queries, the first of which is key `position`, whose windows are full: [1, T, d].
+
+        The blocks become a batch; each block's keys are a view, moved on by a block from the last one's, of the same
+        memory. So all blocks share one mask, and one call does them all.
+        """
+        _, heads, length, head = q.shape
+        blocks, keys = length // BAND_BLOCK, window - 1 + BAND_BLOCK
+        first = position - window + 1
+        shape = (blocks, heads, keys, head)
+        q = q.reshape(heads, blocks, BAND_BLOCK, head).swapaxes(0, 1)
+        k = mx.as_strided(k, shape, (BAND_BLOCK * head, 0, head, 1), first * head)
+        v = mx.as_strided(v, shape, (BAND_BLOCK * heads * head, head, heads * head, 1), first * heads * head)
+        mask = masks.block((0, BAND_BLOCK), (0, keys), window, window - 1, None, q.dtype)
+        return self._attention(q, k, v, mask).reshape(1, length, -1)
 
 
 def decode_mask(cache: Any) -> mx.array | None:

@@ -6,6 +6,7 @@ H query heads, h the residual stream (float32 through all layers where the confi
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import mlx.core as mx
@@ -23,10 +24,13 @@ from .cache import (
     remember,
     steady,
 )
-from .compiled import CompiledParts
+from .compiled import PROMPT_STEP, CompiledParts
 from .config import RodimusConfig
+from .kernels.backend import active_backend
 from .layer_ops import START, TOKEN, add_norm, norm, swiglu
 from .mixer import DDTSMixer
+
+EAGER_LAYERS = 4  # of a long prompt's layers, after which what is built so far is given to the GPU
 
 
 class FFN(nn.Module):
@@ -179,8 +183,11 @@ class RodimusModel(nn.Module):
         h = self._embed(tokens)
         masks = Masks(tokens.shape[1], mask, documents, cache)
         delta = None
-        for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers)):
+        eager = cache is not None and not self.training and tokens.shape[1] >= PROMPT_STEP and active_backend()
+        for i, (layer, layer_cache) in enumerate(zip(self.layers, cache or [None] * len(self.layers)), 1):
             h, delta = layer(h, delta, masks, layer_cache)
+            if eager and i % EAGER_LAYERS == 0:
+                _start_computing(h, delta)
         return norm(h, self.norm_f.weight, self.norm_f.eps, delta, self.training)
 
     def _embed(self, tokens: mx.array) -> mx.array:
@@ -267,6 +274,12 @@ class Model(nn.Module):
         from .convert.mapping import map_weights  # only mlx-lm's own loader comes this way
 
         return map_weights(weights, self.args)
+
+
+def _start_computing(*arrays: mx.array) -> None:
+    """Let the GPU work on arrays while the host goes on building; not where a transformation traces the call."""
+    with contextlib.suppress(ValueError):
+        mx.async_eval(*arrays)
 
 
 def _check(tokens: mx.array, cache: list[Any] | None, mask: mx.array | None, documents: mx.array | None) -> None:

@@ -53,6 +53,7 @@ def measure(
     *,
     tokens: int = 64,
     rounds: int = 5,
+    prefill_step: int = PREFILL_STEP,
     progress: Progress | None = None,
 ) -> list[Measured]:
     """Measure every model at every length, the models by turns in each round.
@@ -63,6 +64,7 @@ def measure(
         subjects: evaluated models, all in memory at once.
         prompt_lengths: tokens read before decoding.
         tokens: decoded in each round, greedily.
+        prefill_step: prompt tokens read at a time.
         progress: called with the passes done and their number.
     """
     found = [(subject, Measured(subject.name, length)) for length in prompt_lengths for subject in subjects]
@@ -71,13 +73,13 @@ def measure(
     with contextlib.redirect_stdout(sys.stderr), wired_limit(models):  # it may print
         for done in range(passes):
             subject, result = found[done % len(found)]
-            _pass(subject, result, tokens, counted=done >= len(found))
+            _pass(subject, result, tokens, prefill_step, counted=done >= len(found))
             if progress:
                 progress(done + 1, passes)
     return [result for _, result in found]
 
 
-def _pass(subject: Subject, result: Measured, tokens: int, counted: bool) -> None:
+def _pass(subject: Subject, result: Measured, tokens: int, prefill_step: int, counted: bool) -> None:
     model = subject.model
     vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
     prompt = mx.random.randint(0, vocabulary, (1, result.prompt_tokens))
@@ -87,7 +89,7 @@ def _pass(subject: Subject, result: Measured, tokens: int, counted: bool) -> Non
     mx.reset_peak_memory()
     others = mx.get_active_memory() - subject.weight_bytes
     cache = make_prompt_cache(model)
-    token, prefill = _prefill(model, prompt, cache)
+    token, prefill = _prefill(model, prompt, cache, prefill_step)
     token, _ = _decode(model, token, cache, WARM_UP)
     token, decode = _decode(model, token, cache, tokens)
     if counted:
@@ -101,12 +103,12 @@ def _pass(subject: Subject, result: Measured, tokens: int, counted: bool) -> Non
             result.launches = step_launches(model, token, cache).total()
 
 
-def _prefill(model: Any, prompt: mx.array, cache: list[Any]) -> tuple[mx.array, float]:
+def _prefill(model: Any, prompt: mx.array, cache: list[Any], step: int) -> tuple[mx.array, float]:
     """The prompt [1, T] to its next token [1, 1], and tokens/s; logits of the last token alone, as in mlx-lm."""
     begin = time.perf_counter()
     last = prompt.shape[1] - 1
-    for start in range(0, last, PREFILL_STEP):
-        model(prompt[:, start : min(start + PREFILL_STEP, last)], cache=cache)
+    for start in range(0, last, step):
+        model(prompt[:, start : min(start + step, last)], cache=cache)
         mx.eval([layer.state for layer in cache])
     token = _next(model, prompt[:, last:], cache)
     mx.eval(token)

@@ -36,7 +36,9 @@ def test_speeds_are_tokens_over_time(model):
 def test_models_take_turns(monkeypatch, model):
     turns = []
     monkeypatch.setattr(
-        module, "_pass", lambda subject, result, _, counted: turns.append((subject.name, result.prompt_tokens, counted))
+        module,
+        "_pass",
+        lambda subject, result, _, __, counted: turns.append((subject.name, result.prompt_tokens, counted)),
     )
     steps = []
     found = measure(
@@ -64,17 +66,16 @@ def test_peak_memory_is_the_models_own():
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 30])
-def test_prefill_in_steps_is_prefill(monkeypatch, model, length):
-    monkeypatch.setattr(module, "PREFILL_STEP", 8)
+def test_prefill_in_steps_is_prefill(model, length):
     prompt, cache = random_tokens(model, 1, length), make_prompt_cache(model)
-    token, _ = module._prefill(model, prompt, cache)
+    token, _ = module._prefill(model, prompt, cache, 8)
     assert token.item() == mx.argmax(model(prompt)[0, -1]).item()
     assert cache[0][1].offset == length
 
 
 def test_decoding_goes_on_from_its_tokens(model):
     prompt, cache = random_tokens(model, 1, 5), make_prompt_cache(model)
-    token, _ = module._prefill(model, prompt, cache)
+    token, _ = module._prefill(model, prompt, cache, 8)
     text = [*prompt[0].tolist(), token.item()]
     for _ in range(3):
         text.append(mx.argmax(model(mx.array([text]))[0, -1]).item())
