@@ -56,7 +56,7 @@ if (d < uint(D)) {
           sum[e] += (!MARKS || K - 1 - tap <= age) ? taps[e * K + tap] * window[4 * (i + tap) + e] : 0.0f;
         }
         sum[e] = silu(sum[e]);
-        gate[4 * i + e] = sigmoid(gate[4 * i + e] + value_shift[e]) * window[4 * (i + K - 1) + e];
+        gate[4 * i + e] = sigmoid_fast(gate[4 * i + e] + value_shift[e]) * window[4 * (i + K - 1) + e];
       }
       store4(c + (row + t) * D + d, sum);
       store4(v + (row + t) * D + d, gate + 4 * i);

@@ -2,7 +2,10 @@
 
 FN float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-FN float silu(float x) { return x / (1.0f + expf(-x)); }
+// Of activations, not of decays, whose errors add up: in the time of their loads and stores.
+FN float sigmoid_fast(float x) { return divide_fast(1.0f, 1.0f + exp_fast(-x)); }
+
+FN float silu(float x) { return divide_fast(x, 1.0f + exp_fast(-x)); }
 
 FN float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 
