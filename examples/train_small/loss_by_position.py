@@ -1,10 +1,10 @@
 """Loss against position, to several times the length seen in training: does the state carry on?
 
-    python loss_by_position.py DATA MODEL [MODEL ...] [--length 16384] [--step 2048] [--plot FILE]
+    python loss_by_position.py DATA MODEL [MODEL ...] [--length 16384] [--step 2048]
 
 The held-out modules are joined package by package into one text. Sequences of --length tokens start at every --step
 tokens of it, so that the same tokens are read at every position, after little and after much. Printed are the mean
-losses (nats a token) between positions 0, 256, 512, 1024 and so on.
+losses (nats a token) between positions 0, 256, 512, 1024 and so on. figures.py draws what --json prints.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ PIECE_TOKENS = {mx.gpu: 32768, mx.cpu: 2048}
 
 
 def main() -> None:
-    """Print the table, draw the plot."""
+    """Print a table; one JSON object with --json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="folder of heldout.jsonl")
     parser.add_argument("model", type=Path, nargs="+", help="folders that train.py wrote")
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--step", type=int, default=2048)
     parser.add_argument("--limit", type=int, help="use so many sequences")
-    parser.add_argument("--plot", type=Path, help="write a picture (needs matplotlib)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
 
@@ -52,8 +51,6 @@ def main() -> None:
         result[folder.name] = [float(losses[a:b].mean()) for a, b in pairwise(borders)]
         result["sequences"] = len(rows)
     print(json.dumps(result) if args.json else table(result))
-    if args.plot:
-        plot(result, args.plot)
 
 
 def sequences(tokens: Sequence[int], length: int, step: int) -> np.ndarray:
@@ -88,24 +85,6 @@ def table(result: dict[str, Any]) -> str:
         if name not in ("from", "to", "sequences"):
             lines.append(f"| {name} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
     return "\n".join(lines)
-
-
-def plot(result: dict[str, Any], file: Path) -> None:
-    """Steps over a logarithmic axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for name, values in result.items():
-        if name not in ("from", "to", "sequences"):
-            axes.plot(result["to"], values, marker="o", label=name)
-    axes.set(xscale="log", xlabel="position (up to)", ylabel="loss, nats a token")
-    axes.set_xticks(result["to"], [str(b) for b in result["to"]])
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(file)
 
 
 if __name__ == "__main__":

@@ -15,20 +15,24 @@ import json
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from bits_per_byte import read
 from build_data import draw
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 
-from rodimus_mlx import load, stream_generate
+from rodimus_mlx import load
+from rodimus_mlx.generation import encode_prompt
 
 PER_MODULE = 4  # headers from one module at most
 BODY_LINES = 3  # of a function worth asking for
 LONGEST_HEADER = 300  # characters
+TOGETHER = 32  # completions at once
+LOOK_EVERY = 4  # tokens: a completion that is over is found and taken out of the batch
 _AT_MARGIN = re.compile(r"\n(?=[^\s)\]}#])")  # a closing bracket or a comment may stand at the margin inside a function
 
 
@@ -47,7 +51,8 @@ def main() -> None:
     prompts = headers(read(args.data / "heldout.jsonl"), args.functions)
     model, tokenizer = load(args.model)
     mx.random.seed(args.seed)
-    results = [judge(header, *complete(model, tokenizer, header, args.max_tokens, args.temp)) for header in prompts]
+    completions = complete(model, tokenizer, prompts, args.max_tokens, args.temp)
+    results = [judge(header, *completion) for header, completion in zip(prompts, completions)]
     if args.out:
         args.out.write_text("".join(json.dumps(result) + "\n" for result in results))
     share = {name: sum(r[name] for r in results) / len(results) for name in ("parses", "ended", "does_something")}
@@ -87,14 +92,36 @@ def functions(text: str) -> Iterator[str]:
             yield header
 
 
-def complete(model: Any, tokenizer: Any, header: str, max_tokens: int, temp: float) -> tuple[str, bool]:
-    """What the model adds to a header, and whether the function ended."""
-    text = ""
-    for response in stream_generate(model, tokenizer, header, max_tokens=max_tokens, sampler=make_sampler(temp)):
-        text += response.text
-        if _AT_MARGIN.search(text):
-            break
-    return cut(text, ended=response.finish_reason == "stop")
+def complete(
+    model: Any, tokenizer: Any, headers: Sequence[str], max_tokens: int, temp: float
+) -> Iterator[tuple[str, bool]]:
+    """What the model adds to each header, cut at the function's end, and whether it has one; by mlx-lm's batches."""
+    generator = BatchGenerator(
+        model,
+        max_tokens=max_tokens,
+        stop_tokens=[[token] for token in tokenizer.eos_token_ids],
+        sampler=make_sampler(temp),
+        completion_batch_size=TOGETHER,
+        prefill_batch_size=TOGETHER,
+    )
+    uids = generator.insert([encode_prompt(model, tokenizer, header) for header in headers])
+    made: dict[int, list[int]] = {uid: [] for uid in uids}
+    stopped = set()
+    while responses := generator.next_generated():
+        over = []
+        for each in responses:
+            if each.finish_reason == "stop":
+                stopped.add(each.uid)
+                continue
+            made[each.uid].append(each.token)
+            looked_at = each.finish_reason is None and len(made[each.uid]) % LOOK_EVERY == 0
+            if looked_at and _AT_MARGIN.search(tokenizer.decode(made[each.uid])):
+                over.append(each.uid)
+        if over:
+            generator.remove(over)
+    generator.close()
+    for uid in uids:
+        yield cut(tokenizer.decode(made[uid]), ended=uid in stopped)
 
 
 def cut(text: str, *, ended: bool = False) -> tuple[str, bool]:

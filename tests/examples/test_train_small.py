@@ -21,7 +21,7 @@ import train_tokenizer
 import transformer
 from tokenizers import Tokenizer
 
-from rodimus_mlx import load
+from rodimus_mlx import load, stream_generate
 
 SEQ_LEN = 64
 FLOAT32 = 1e-4  # two ways to the same float32 sums
@@ -263,6 +263,17 @@ def test_headers_are_the_functions_own_lines_at_the_margin():
         "        y = x\n        y += 1\n        return y\n\n    def short(self): return 1\n"
     )
     assert list(parse_rate.functions(text)) == ["def long(\n    self,\n    x: int,\n) -> int:"]
+
+
+def test_a_batch_completes_as_one_by_one(trained):
+    if "transformer" in trained.name:
+        pytest.skip("generation is of Rodimus models")
+    model, tokenizer = load(trained)
+    headers = ["def f(x):", "def name_7_1(first, second):", "class A:"]
+    alone = ["".join(r.text for r in stream_generate(model, tokenizer, h, max_tokens=30)) for h in headers]
+    together = list(parse_rate.complete(model, tokenizer, headers, 30, 0.0))
+    assert together == [parse_rate.cut(text) for text in alone]
+    assert any(body for body, _ in together)
 
 
 def test_the_parse_rate_is_printed_as_json(data, trained, monkeypatch, capsys, tmp_path):
