@@ -6,7 +6,7 @@
 # (50, that the style is measured on) may be set in the environment.
 set -eu
 here=$(dirname "$0")
-out=$1
+out=${1:?give a folder to write to}
 model=${2:-$(python -c 'from rodimus_mlx.loading import DEMO_FOLDER; print(DEMO_FOLDER)')}
 plain=${3:-$out/data/plain.jsonl}
 
