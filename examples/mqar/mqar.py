@@ -2,10 +2,10 @@
 
     python mqar.py --mem-size 16 64 256 --block rodimus rodimus_plus --seeds 2 --out mqar.jsonl
 
-A sequence lists key-value pairs, then asks for every key's value once. Two-layer models are trained from scratch on
-sequences of a few pairs up to all of --pairs, and measured on new ones of --pairs. The task is that of
-"Zoology: Measuring and Improving Recall in Efficient Language Models" (arXiv 2312.04927), at the size of the Rodimus
-paper's figure: 1,024 tokens, 256 pairs, 8,192 words.
+A sequence lists key-value pairs, then asks for every key's value once. Two-layer models are trained from scratch, on
+sequences of --length with --pairs and on shorter ones with fewer, and measured on new ones of --length. The task is
+that of "Zoology: Measuring and Improving Recall in Efficient Language Models" (arXiv 2312.04927), at the size of the
+Rodimus paper's figure: 1,024 tokens, 256 pairs, 8,192 words.
 
 Every finished run is a line in --out; a later call with the same settings goes on after those. With --seconds the
 speed is measured first, and all runs get as many steps, up to --steps, as fit in that time together.
@@ -35,7 +35,7 @@ LAYERS = 2
 NEARNESS = 0.01  # exponent of the power law of a query's distance from the pairs, plus 1; Zoology's
 TESTS = 512  # sequences to measure on
 ROWS = 256  # made or measured at once
-SHARES = (64, 16, 4, 2, 1)  # training has --pairs divided by each; recall is learned on the few, and then on the many
+SHARES = (16, 4, 2, 1)  # training has --pairs and --length divided by each: recall is learned on the short ones first
 TRIAL = 12  # steps to measure the speed by, the first ones compile
 MARGIN = 0.93  # of the seconds: the rest is for measuring accuracy
 
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--window", type=int, default=64, help="W of Rodimus+: a token sees W // 2 + 1")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=32000, help="sequences to train on")
+    parser.add_argument("--rows", type=int, default=16000, help="of --length, to train on")
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--seconds", type=float, help="take about so long in all: fewer steps where need be")
@@ -89,8 +89,7 @@ def train_all(
     args: argparse.Namespace, runs: Sequence[Run], start: float, change: Callable[[Any], None] | None = None
 ) -> dict[Run, float]:
     """The accuracy of each run, written as soon as it is known; ``change`` is done to each new model."""
-    counts = sorted({max(1, args.pairs // share) for share in SHARES})
-    training = mixture(args.samples, args.length, counts, args.vocab_size, 0)
+    training = mixture(args.rows, args.length, args.pairs, args.vocab_size, 0)
     tests = sequences(TESTS, args.length, args.pairs, args.vocab_size, np.random.default_rng([0, 1]))
     note(f"{len(training)} sequences, made in {time.perf_counter() - start:.1f} s")
     steps = args.steps if args.seconds is None else fitting_steps(args, runs, training, start)
@@ -188,6 +187,7 @@ def settings(args: argparse.Namespace, steps: int, seed: int, reports: int = 20)
     """Adam with a warm-up and a linear fall to zero."""
     return Settings(
         method="full",
+        packing=True,
         seq_len=args.length,
         batch_size=args.batch_size,
         iters=steps,
@@ -201,12 +201,14 @@ def settings(args: argparse.Namespace, steps: int, seed: int, reports: int = 20)
     )
 
 
-def mixture(count: int, length: int, pairs: Sequence[int], vocab_size: int, seed: int) -> list[Sample]:
-    """Training sequences, equal shares of each number of pairs; only the answers are learned."""
+def mixture(rows: int, length: int, pairs: int, vocab_size: int, seed: int) -> list[Sample]:
+    """Training sequences that fill so many rows of ``length``, as many by each of SHARES; only answers are learned."""
     rng = np.random.default_rng(seed)
+    shares = [share for share in SHARES if pairs % share == length % share == 0]
     samples: list[Sample] = []
-    for number in pairs:
-        samples += map(Sample, *sequences(count // len(pairs), length, number, vocab_size, rng))
+    for share in shares:
+        count = rows // len(shares) * share
+        samples += map(Sample, *sequences(count, length // share, pairs // share, vocab_size, rng))
     return samples
 
 

@@ -26,7 +26,7 @@ def trained(change=None):
     model = initialize(CONFIG)
     if change is not None:
         change(model)
-    samples = mqar.mixture(64, 16, [2], 16, 0)
+    samples = mqar.mixture(64, 16, 2, 16, 0)
     settings = Settings(method="full", seq_len=16, batch_size=16, iters=6, learning_rate=0.01, weight_decay=0.1)
     train(model, samples, settings)
     return model
@@ -95,7 +95,7 @@ def run(monkeypatch, capsys, *arguments):
 
 
 def test_recall_is_measured_for_every_variant(monkeypatch, capsys, tmp_path):
-    sizes = "--length 16 --pairs 2 --vocab-size 16 --d-model 32 --mem-size 8 --samples 800 --block rodimus"
+    sizes = "--length 16 --pairs 2 --vocab-size 16 --d-model 32 --mem-size 8 --rows 800 --block rodimus"
     options = ("recall", *sizes.split(), "--steps", 2, "--batch-size", 16, "--out", tmp_path / "out.jsonl")
     lines = run(monkeypatch, capsys, *options)
     assert [line.split(", ")[1].split(" |")[0] for line in lines[-4:]] == list(ablate.VARIANTS)

@@ -57,7 +57,7 @@ def test_a_perfect_and_a_blind_model_are_told_apart(made):
     assert mqar.accuracy(blind, made) == 0
 
 
-SIZES = "--length 16 --pairs 2 --vocab-size 16 --d-model 32 --window 8 --mem-size 8 --samples 800"
+SIZES = "--length 16 --pairs 2 --vocab-size 16 --d-model 32 --window 8 --mem-size 8 --rows 800"
 TRAINING = "--steps 4 --batch-size 16 --seeds 2"
 
 
@@ -96,3 +96,11 @@ def test_all_runs_get_as_many_steps_as_the_seconds_allow(monkeypatch, capsys):
     steps = {json.loads(line)["steps"] for line in lines[:2]}
     assert len(steps) == 1
     assert 1 <= steps.pop() < 10**6
+
+
+def test_training_has_short_sequences_too_as_many_tokens_of_each():
+    samples = mqar.mixture(40, 64, 16, 80, 0)
+    lengths, counts = np.unique([sample.length for sample in samples], return_counts=True)
+    assert lengths.tolist() == [4, 16, 32, 64]
+    assert (lengths * counts == 640).all()
+    assert {sample.length: int(sample.learn.sum()) for sample in samples} == {4: 1, 16: 4, 32: 8, 64: 16}
