@@ -14,6 +14,7 @@ from rodimus_mlx.kernels.reference import sequential_recurrence
 
 FLOAT32 = 1e-5  # sums of up to 700 tokens, in float32 and another order
 FLOAT64 = 5e-6  # MLX's exp of float64 has float32's digits; everything else about the reference is exact
+STEADY = 2e-6  # over 700 equal decays; rounding each to float32 and multiplying gives 5e-6 to 8e-6
 HALF = {"bfloat16": 4e-3, "float16": 5e-4}  # one rounding of the output to 8 or 11 bits
 
 NAMES = ("q", "k", "v", "log_decay", "state")
@@ -139,6 +140,14 @@ def test_every_decay(decay, length):
     sizes = (1, length, 24, 40)
     inputs, cotangents = make_inputs(*sizes, decay), make_cotangents(*sizes)
     assert wrong(run(recurrence, inputs, cotangents), numpy_recurrence(inputs, cotangents), FLOAT32) == {}
+
+
+@pytest.mark.parametrize("decay", [2e-8, 1e-4, 3e-3], ids=str)
+def test_equal_decays_do_not_drift(decay):
+    sizes = (1, 700, 24, 40)
+    inputs, cotangents = make_inputs(*sizes), make_cotangents(*sizes)
+    inputs[3][:] = -decay
+    assert wrong(run(recurrence, inputs, cotangents), numpy_recurrence(inputs, cotangents), STEADY) == {}
 
 
 @settings(max_examples=30)
