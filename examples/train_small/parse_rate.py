@@ -3,8 +3,8 @@
     python parse_rate.py DATA MODEL [--functions 200] [--temp 0.2] [--out FILE]
 
 Each prompt is a function's header alone (`def name(...):`, methods too, moved to the margin). The completion is cut
-where the function ends: at the first line that starts at the margin. One that has not ended after --max-tokens is cut
-at its last line end, and counted as it then is. --out writes every function as a line of JSON.
+where the function ends: at the first line that stands further left than its body. One that has not ended after
+--max-tokens is cut at its last line end, and counted as it then is. --out writes every function as a line of JSON.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import re
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,7 @@ BODY_LINES = 3  # of a function worth asking for
 LONGEST_HEADER = 300  # characters
 TOGETHER = 32  # completions at once
 LOOK_EVERY = 4  # tokens: a completion that is over is found and taken out of the batch
-_AT_MARGIN = re.compile(r"\n(?=[^\s)\]}#])")  # a closing bracket or a comment may stand at the margin inside a function
+INSIDE = ")]}#"  # closing brackets and comments may stand further left inside a function
 
 
 def main() -> None:
@@ -115,7 +114,7 @@ def complete(
                 continue
             made[each.uid].append(each.token)
             looked_at = each.finish_reason is None and len(made[each.uid]) % LOOK_EVERY == 0
-            if looked_at and _AT_MARGIN.search(tokenizer.decode(made[each.uid])):
+            if looked_at and function_end(tokenizer.decode(made[each.uid])) is not None:
                 over.append(each.uid)
         if over:
             generator.remove(over)
@@ -126,10 +125,24 @@ def complete(
 
 def cut(text: str, *, ended: bool = False) -> tuple[str, bool]:
     """A completion up to the function's end, and whether it has one; ``ended``: the model ended the whole text."""
-    end = _AT_MARGIN.search(text)
-    if end:
-        return text[: end.start() + 1], True
+    end = function_end(text)
+    if end is not None:
+        return text[:end], True
     return (text, True) if ended else (text[: text.rfind("\n") + 1], False)
+
+
+def function_end(text: str) -> int | None:
+    """Where the first line begins that stands further left than the body; None if there is none yet."""
+    body, begin = None, 0
+    for number, line in enumerate(text.splitlines(keepends=True)):
+        code = line.lstrip(" \t")
+        indent = len(line) - len(code)
+        if number and code and body is not None and indent < body and code[0] not in INSIDE + "\n":
+            return begin
+        if body is None and code.strip():
+            body = indent if number else 1  # on the header's own line: what is indented at all may go on with it
+        begin += len(line)
+    return None
 
 
 def judge(header: str, body: str, ended: bool) -> dict[str, Any]:

@@ -235,6 +235,9 @@ def test_carrying_the_state_gives_the_losses_of_one_pass(trained):
         ("\n    x = (\n1\n", "\n    x = (\n", True),
         ("\n    x = f(\n        1,\n)\n    return x\ny", "\n    x = f(\n        1,\n)\n    return x\n", True),
         ("\n    return 1\n    retu", "\n    return 1\n", False),
+        (" \n        return 1\n\n    def g(x):\n", " \n        return 1\n\n", True),
+        ("\n    if x:\n        y()\n    z()\n\n# more\nw()", "\n    if x:\n        y()\n    z()\n\n# more\n", True),
+        (" return (\n    1)\nx = 2", " return (\n    1)\n", True),
         (" pass", "", False),
     ],
 )
