@@ -46,14 +46,24 @@ def chunked_recurrence(
     )
 
     # Chunk by chunk, as temporaries of one chunk stay in the cache. Each term that needs the state comes first and the
-    # others are added to it: MLX would compute those of all chunks ahead, and hold them. split has the cheap gradient.
-    per_chunk = (mx.split(x, x.shape[1], axis=1) for x in (*within_chunks(q, k, log_decay), v))
+    # others are added to it: MLX would compute those of all chunks ahead, and hold them.
+    per_chunk = (one_by_one(x) for x in (*within_chunks(q, k, log_decay), v))
     state, outputs = state[:, None], []
     for matrix, queries, keys, total, values in zip(*per_chunk):
         outputs.append(mx.addmm(queries @ state, matrix, values))  # [B, 1, C, D]
         state = mx.addmm(total * state, keys.swapaxes(2, 3), values)  # [B, 1, n, D]
     o = mx.concatenate(outputs, axis=1)
     return o.reshape(batch, -1, o.shape[-1])[:, :length], state[:, 0]
+
+
+def one_by_one(x: mx.array) -> list[mx.array]:
+    """[B, N, ...] -> N views [B, 1, ...], by steps of at most 8: the gradient of a slice is an array of the size of x,
+    and mx.split makes slices where there are more than 10 pieces, else has one concatenation as its gradient."""
+    count = x.shape[1]
+    if count == 1:
+        return [x]
+    step = -(-count // 8)
+    return [one for part in mx.split(x, list(range(step, count, step)), axis=1) for one in one_by_one(part)]
 
 
 def within_chunks(q: mx.array, k: mx.array, log_decay: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
