@@ -10,6 +10,7 @@ import mlx.nn as nn
 from .cache import update
 from .config import RodimusConfig
 from .kernels.backend import active_backend
+from .pieces import split, windows
 
 QUERY_BLOCK = 1024  # queries that share one block of scores, at most; a narrow window gets narrower blocks
 BAND_BLOCK = 256  # queries in a block of a band, whose blocks all see as many keys
@@ -104,17 +105,18 @@ class SharedKeyAttention(nn.Module):
         """
         batch, length, _ = x.shape
         num_heads, num_k, _ = self.heads
-        split = (num_heads + num_k) * self.head_dim
         qkv = self.qkv_proj(x)
-        qk = qkv[..., :split].reshape(batch, length, num_heads + num_k, self.head_dim).swapaxes(1, 2)
+        qk, v = self._split(qkv, (num_heads + num_k) * self.head_dim, -1)
+        qk = qk.reshape(batch, length, num_heads + num_k, self.head_dim).swapaxes(1, 2)
         if self.rope_dims:
             qk = mx.fast.rope(
                 qk, self.rope_dims, traditional=False, base=self.rope_base, scale=1.0, offset=offset
             )  # [B, H + Hk, T, head]
-        k, v = self._fold(qk[:, num_heads:]), qkv[:, None, :, split:]
+        q, k = self._split(qk, num_heads, 1)
+        k, v = self._fold(k), v[:, None]
         if length > 1:  # a cache that keeps a view keeps all that it is a view of
             k, v = mx.contiguous(k), mx.contiguous(v)
-        return qk[:, :num_heads], k, v
+        return q, k, v
 
     def attend(
         self,
@@ -137,6 +139,12 @@ class SharedKeyAttention(nn.Module):
         if full or (length == 1 and cache is not None):
             return self._attention(q, *self._heads(k, v), None if masks is None else masks.single)
         return self._banded_attention(q, k, v, masks or AttentionMasks(), starts)
+
+    def _split(self, x: mx.array, at: int, axis: int) -> tuple[mx.array, mx.array]:
+        """The first `at` along an axis and the rest."""
+        if self.training:
+            return split(x, at, axis)
+        return (x[:, :at], x[:, at:]) if axis == 1 else (x[..., :at], x[..., at:])
 
     def _fold(self, x: mx.array) -> mx.array:
         """[B, heads, T, head] -> [B, 1, T, heads * head]."""
@@ -173,18 +181,22 @@ class SharedKeyAttention(nn.Module):
         window = total if self.window is None else self.window
         size = min(QUERY_BLOCK, max(256, (window + 127) // 128 * 128))
         band = self._band(q, past, window, masks, starts)
-        heads_k, heads_v = self._heads(k, v)
+        queries = [(begin, min(begin + size, band.start)) for begin in range(0, band.start, size)]
+        keys = [(max(0, past + begin - window + 1), past + end) for begin, end in queries]  # that these queries see
         outputs = []
-        for begin in range(0, band.start, size):
-            end = min(begin + size, band.start)
-            first, last = max(0, past + begin - window + 1), past + end  # the keys that the block's queries see
-            mask = masks.block((begin, end), (first, last), window, past, starts, q.dtype)
-            keys, values = heads_k[:, :, first:last], heads_v[:, :, first:last]
-            outputs.append(self._attention(q[:, :, begin:end], keys, values, mask))
+        heads_k, heads_v = self._heads(k, v)
+        cuts = (self._cut(q, queries), self._cut(heads_k, keys), self._cut(heads_v, keys))
+        for i, each in enumerate(zip(*cuts)):
+            mask = masks.block(queries[i], keys[i], window, past, starts, q.dtype)
+            outputs.append(self._attention(*each, mask))
         for begin in range(band.start, band.stop, BAND_BLOCK * BAND_BLOCKS):
             end = min(begin + BAND_BLOCK * BAND_BLOCKS, band.stop)
             outputs.append(self._attention_in_band(q[:, :, begin:end], k, v, past + begin, window, masks))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)
+
+    def _cut(self, x: mx.array, bounds: list[tuple[int, int]]) -> list[mx.array]:
+        """Parts of x [B, H, T, head] along T."""
+        return windows(x, bounds, 2) if self.training else [x[:, :, begin:end] for begin, end in bounds]
 
     def _band(self, q: mx.array, past: int, window: int, masks: AttentionMasks, starts: mx.array | None) -> range:
         """The queries, at the end and in whole blocks, for which `_attention_in_band` serves; not for gradients."""

@@ -19,6 +19,7 @@ import mlx.nn as nn
 from .kernels import launchers
 from .kernels.backend import active_backend
 from .kernels.launch import Backend
+from .pieces import split
 
 PADDING, TOKEN, START = 0, 1, 2
 
@@ -69,24 +70,36 @@ def conv_gate(
     weight: mx.array,
     bias: mx.array,
     marks: mx.array | None,
-    differentiable: bool = True,
+    x: mx.array | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """c = silu(conv(x) + bias), v = sigmoid(u + value_bias) * x, and the inputs that the next convolution needs.
 
     The convolution is causal, one filter a feature; no tap reaches beyond the start of a document, and padding is 0.
 
     Shapes: xz [B, T, 2D], of which x is the first half; u [B, T, D]; value_bias [D]; tail [B, K - 1, D], the inputs
-    before x; weight [D, K], whose last tap meets the current token; bias [D].
+    before x; weight [D, K], whose last tap meets the current token; bias [D]. x [B, T, D] once more, to take gradients
+    with respect to it; None: the result has none.
 
     Returns: c [B, T, D] in the type of x, v [B, T, D] in float32, and the next tail [B, K - 1, D].
     """
     backend = _backend(u)
     if backend is None:
-        return _conv_gate(xz, u, value_bias, tail, weight, bias, marks)
-    if not differentiable:
+        return _conv_gate(xz[..., : u.shape[-1]] if x is None else x, u, value_bias, tail, weight, bias, marks)
+    if x is None:
         return launchers.conv_gate(xz, u, value_bias, tail, weight, bias, marks, backend)
-    kernel = partial(launchers.conv_gate, marks=marks, backend=backend)
-    return _with_gradient_of(partial(_conv_gate, marks=marks), kernel)(xz, u, value_bias, tail, weight, bias)
+
+    @mx.custom_function
+    def function(
+        x: mx.array, u: mx.array, value_bias: mx.array, tail: mx.array, weight: mx.array, bias: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        return launchers.conv_gate(xz, u, value_bias, tail, weight, bias, marks, backend)[:2]
+
+    @function.vjp
+    def gradient(primals: Any, cotangents: Any, _: Any) -> tuple[mx.array, ...]:
+        return _conv_gate_gradient(*primals, *cotangents, marks=marks)
+
+    run: Any = function
+    return *run(x, u, value_bias, tail, weight, bias), _next_tail(x, tail, marks)
 
 
 def gate_norm(
@@ -96,19 +109,23 @@ def gate_norm(
     residual_weight: mx.array,
     weight: mx.array,
     eps: float,
-    differentiable: bool = True,
+    z: mx.array | None = None,
 ) -> mx.array:
     """rmsnorm((o + residual_weight * c) * silu(z)) in the type of c: the gate first, then the norm.
 
     Shapes: o and c [B, T, D]; xz [B, T, 2D], of which z is the second half; residual_weight and weight [D].
+    z [B, T, D] once more, to take gradients with respect to it; None: the result has none.
     """
     backend = _backend(c)
     if backend is None:
-        return _gate_norm(o, c, xz, residual_weight, weight, eps)
-    if not differentiable:
+        return _gate_norm(o, c, xz[..., c.shape[-1] :] if z is None else z, residual_weight, weight, eps)
+    if z is None:
         return launchers.gate_norm(o, c, xz, residual_weight, weight, eps, backend)
-    kernel = partial(launchers.gate_norm, eps=eps, backend=backend)
-    return _with_gradient_of(partial(_gate_norm, eps=eps), kernel)(o, c, xz, residual_weight, weight)
+
+    def kernel(o: mx.array, c: mx.array, z: mx.array, residual_weight: mx.array, weight: mx.array) -> mx.array:
+        return launchers.gate_norm(o, c, xz, residual_weight, weight, eps, backend)
+
+    return _with_gradient_of(partial(_gate_norm, eps=eps), kernel)(o, c, z, residual_weight, weight)
 
 
 def swiglu(x: mx.array, differentiable: bool = True) -> mx.array:
@@ -146,11 +163,16 @@ def _add_norm(h: mx.array, delta: mx.array, weight: mx.array, eps: float) -> tup
 
 def _norm(h: mx.array, weight: mx.array, delta: mx.array | None = None, *, eps: float) -> mx.array:
     h = h if delta is None else h + delta
-    return mx.fast.rms_norm(h, weight, eps).astype(weight.dtype)
+    return _rms_norm(h, weight, eps).astype(weight.dtype)
+
+
+def _rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """The weight apart: MLX's gradient would make an array as large as x for the weight's, also where it is frozen."""
+    return mx.fast.rms_norm(x, None, eps) * weight
 
 
 def _conv_gate(
-    xz: mx.array,
+    x: mx.array,
     u: mx.array,
     value_bias: mx.array,
     tail: mx.array,
@@ -158,20 +180,88 @@ def _conv_gate(
     bias: mx.array,
     marks: mx.array | None,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    x = xz[..., : u.shape[-1]]  # slices: mx.split under mx.compile breaks LoRA's gradient
-    if marks is not None:
-        x = mx.where((marks != PADDING)[..., None], x, 0)
-    length, taps = x.shape[1], weight.shape[1]
+    x = _without_padding(x, marks)
+    shifted, _ = _shifted(x, tail, marks, weight.shape[1])
+    c = _convolved(shifted, [weight[:, i] for i in range(weight.shape[1])], bias)
+    return c, _gated(u, value_bias, x), _next_tail(x, tail, marks)
+
+
+def _without_padding(x: mx.array, marks: mx.array | None) -> mx.array:
+    return x if marks is None else mx.where((marks != PADDING)[..., None], x, 0)
+
+
+def _next_tail(x: mx.array, tail: mx.array, marks: mx.array | None) -> mx.array:
+    """The last K - 1 inputs, in memory of their own: a view would keep all inputs alive."""
+    count, length = tail.shape[1], x.shape[1]
+    last = max(0, length - count)
+    x = _without_padding(x[:, last:], None if marks is None else marks[:, last:])
+    return mx.contiguous(x if length >= count else mx.concatenate([tail[:, length:], x], axis=1))
+
+
+def _shifted(
+    x: mx.array, tail: mx.array, marks: mx.array | None, taps: int
+) -> tuple[list[mx.array], list[mx.array | None]]:
+    """What each tap meets, [B, T, D], and where it may reach: [B, T, 1] bool, None: everywhere."""
+    length = x.shape[1]
     inputs = mx.concatenate([tail, x], axis=1)
     shifted = [inputs[:, i : i + length] for i in range(taps)]
+    reaches: list[mx.array | None] = [None] * taps
     if marks is not None:
         reach = mx.ones(marks.shape, dtype=mx.bool_)  # may a tap that is `back` tokens away still be used
         starts = mx.pad(marks == START, [(0, 0), (taps - 1, 0)])
         for back in range(1, taps):
             reach = reach & ~starts[:, taps - back : taps - back + length]
-            shifted[taps - 1 - back] = mx.where(reach[..., None], shifted[taps - 1 - back], 0)
-    c = _weighted_sum(shifted, [weight[:, i] for i in range(taps)], bias)
-    return c, _gated(u, value_bias, x), mx.contiguous(inputs[:, length:])  # a view would keep all inputs alive
+            tap = taps - 1 - back
+            reaches[tap] = reach[..., None]
+            shifted[tap] = mx.where(reach[..., None], shifted[tap], 0)
+    return shifted, reaches
+
+
+def _conv_gate_gradient(
+    x: mx.array,
+    u: mx.array,
+    value_bias: mx.array,
+    tail: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    d_c: mx.array,
+    d_v: mx.array,
+    *,
+    marks: mx.array | None,
+) -> tuple[mx.array, ...]:
+    """Of `_conv_gate`'s c and v with respect to the first six, the convolution's by itself turned round in time.
+
+    What nobody asks for, like the gradients of frozen filters, is never computed.
+    """
+    taps, length = weight.shape[1], x.shape[1]
+    x = _without_padding(x, marks)
+    shifted, reaches = _shifted(x, tail, marks, taps)
+    filters = [weight[:, i] for i in range(taps)]
+    d_sum = _silu_gradient(_weighted_sum(shifted, filters, bias), d_c)
+    # What a token gave each tap comes back from the tokens behind it, in the type of x.
+    ahead = [(0, 0), (0, taps - 1), (0, 0)]
+    behind = mx.pad(d_sum.astype(x.dtype), ahead)
+    returned = []
+    for tap, reach in enumerate(reaches):
+        place = slice(taps - 1 - tap, taps - 1 - tap + length)
+        each = behind[:, place]
+        returned.append(each if reach is None else mx.where(mx.pad(reach, ahead)[:, place], each, 0))
+    d_x, d_u = _gated_gradient(u, value_bias, x, d_v, _weighted_sum(returned, filters, mx.zeros_like(bias)))
+    d_tail = mx.zeros(tail.shape, mx.float32)
+    for tap in range(taps - 1):
+        count = min(taps - 1 - tap, length)  # tokens whose tap meets the tail, the first of them its input `tap`
+        first, reach = d_sum[:, :count], reaches[tap]
+        if reach is not None:
+            first = mx.where(reach[:, :count], first, 0)
+        d_tail = d_tail + mx.pad(filters[tap] * first, [(0, 0), (tap, taps - 1 - tap - count), (0, 0)])
+    return (
+        _without_padding(d_x.astype(x.dtype), marks),
+        d_u.astype(u.dtype),
+        d_u.sum(axis=(0, 1)).astype(value_bias.dtype),
+        d_tail.astype(tail.dtype),
+        mx.stack([(d_sum * each).sum(axis=(0, 1)) for each in shifted], axis=1).astype(weight.dtype),
+        d_sum.sum(axis=(0, 1)).astype(bias.dtype),
+    )
 
 
 @partial(mx.compile, shapeless=True)
@@ -179,7 +269,18 @@ def _weighted_sum(shifted: list[mx.array], weights: list[mx.array], bias: mx.arr
     total = bias.astype(mx.float32)
     for x, weight in zip(shifted, weights):
         total = total + weight.astype(mx.float32) * x.astype(mx.float32)
-    return nn.silu(total).astype(shifted[0].dtype)
+    return total
+
+
+@partial(mx.compile, shapeless=True)
+def _convolved(shifted: list[mx.array], weights: list[mx.array], bias: mx.array) -> mx.array:
+    return nn.silu(_weighted_sum(shifted, weights, bias)).astype(shifted[0].dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def _silu_gradient(x: mx.array, cotangent: mx.array) -> mx.array:
+    gate = mx.sigmoid(x)
+    return cotangent.astype(mx.float32) * gate * (1 + x * (1 - gate))
 
 
 @partial(mx.compile, shapeless=True)
@@ -187,11 +288,18 @@ def _gated(u: mx.array, bias: mx.array, x: mx.array) -> mx.array:
     return mx.sigmoid(u.astype(mx.float32) + bias.astype(mx.float32)) * x.astype(mx.float32)
 
 
+@partial(mx.compile, shapeless=True)
+def _gated_gradient(
+    u: mx.array, bias: mx.array, x: mx.array, d_v: mx.array, d_x: mx.array
+) -> tuple[mx.array, mx.array]:
+    gate = mx.sigmoid(u.astype(mx.float32) + bias.astype(mx.float32))
+    return d_x + d_v * gate, d_v * x.astype(mx.float32) * gate * (1 - gate)
+
+
 def _gate_norm(
-    o: mx.array, c: mx.array, xz: mx.array, residual_weight: mx.array, weight: mx.array, eps: float
+    o: mx.array, c: mx.array, z: mx.array, residual_weight: mx.array, weight: mx.array, eps: float
 ) -> mx.array:
-    y = _gate_output(o, c, residual_weight, xz[..., c.shape[-1] :])
-    return mx.fast.rms_norm(y, weight, eps).astype(c.dtype)
+    return _rms_norm(_gate_output(o, c, residual_weight, z), weight, eps).astype(c.dtype)
 
 
 @partial(mx.compile, shapeless=True)
@@ -201,8 +309,8 @@ def _gate_output(o: mx.array, c: mx.array, weight: mx.array, z: mx.array) -> mx.
 
 
 def _swiglu(x: mx.array) -> mx.array:
-    width = x.shape[-1] // 2
-    return _silu_times(x[..., width:], x[..., :width])
+    value, gate = split(x, x.shape[-1] // 2)
+    return _silu_times(gate, value)
 
 
 @partial(mx.compile, shapeless=True)

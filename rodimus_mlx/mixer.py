@@ -7,6 +7,7 @@ import mlx.nn as nn
 
 from .config import RodimusConfig
 from .layer_ops import PADDING, conv_gate
+from .pieces import split
 from .recurrence import mix
 
 
@@ -61,12 +62,13 @@ class DDTSMixer(nn.Module):
             the mixed h [B, T, d], and the next tail and state.
         """
         xz = self.fc(h)  # [B, T, 2D]
-        x = _first_half(xz)
+        x, z = split(xz, xz.shape[-1] // 2) if self.training else (_first_half(xz), None)
         if tail is None:
             tail = mx.zeros((x.shape[0], self.conv.weight.shape[1] - 1, x.shape[2]), x.dtype)
         u = self.ch_gate_1(self.ch_gate_0(x))
+        differentiated = x if self.training else None
         c, v, next_tail = conv_gate(
-            xz, u, self.value_bias, tail, self.conv.weight, self.conv.bias, marks, self.training
+            xz, u, self.value_bias, tail, self.conv.weight, self.conv.bias, marks, differentiated
         )
         if lengths is not None:
             next_tail = _tail_at(lengths, tail, x, marks)
@@ -82,7 +84,7 @@ class DDTSMixer(nn.Module):
             norm_epsilon=self.act_norm.eps,
             state=state,
             marks=marks,
-            differentiable=self.training,
+            z=z,
         )
         return self.out_proj(y), next_tail, state
 

@@ -30,7 +30,7 @@ from .kernels.backend import active_backend
 from .layer_ops import START, TOKEN, add_norm, norm, swiglu
 from .mixer import DDTSMixer
 
-EAGER_LAYERS = 4  # of a long prompt's layers, after which what is built so far is given to the GPU
+EAGER_LAYERS = 2  # of a long prompt's layers, after which what is built so far is given to the GPU
 
 
 class FFN(nn.Module):

@@ -102,12 +102,12 @@ def mix(
     norm_epsilon: float,
     state: mx.array | None,
     marks: mx.array | None,
-    differentiable: bool,
+    z: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
     """The mixer from its projections to the input of out_proj: selection, recurrence, residual, output gate, norm.
 
-    A few tokens, as in decoding, stay in one kernel with their state; that kernel has no gradient, so `differentiable`
-    avoids it.
+    A few tokens, as in decoding, stay in one kernel with their state; that kernel has no gradient, so it is not taken
+    where z, the second half of xz, is given to differentiate with respect to it.
 
     Shapes: qkgt, gate_bias, v, state and marks as in `selective_recurrence`; the others as in `gate_norm`.
 
@@ -115,13 +115,13 @@ def mix(
     """
     backend = active_backend()
     few = qkgt.shape[1] <= FEW_TOKENS and gate_bias.shape[0] <= 2 * launchers.STEP_KEYS
-    if backend is not None and not differentiable and few:
+    if backend is not None and z is None and few:
         if state is None:
             state = mx.zeros((v.shape[0], gate_bias.shape[0] // 2, v.shape[2]), mx.float32)
         y, state = launchers.step(qkgt, gate_bias, norm_floor, v, c, xz, residual_weight, state, marks, backend)
         return norm(y, norm_weight, norm_epsilon, differentiable=False), state
     o, state = selective_recurrence(qkgt, gate_bias, v, norm_floor, state, marks)
-    return gate_norm(o, c, xz, residual_weight, norm_weight, norm_epsilon, differentiable), state
+    return gate_norm(o, c, xz, residual_weight, norm_weight, norm_epsilon, z), state
 
 
 def gates(qkgt: mx.array, bias: mx.array, norm_floor: float) -> tuple[mx.array, mx.array, mx.array]:

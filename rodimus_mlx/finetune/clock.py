@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-SHORT_STEP = 0.25  # seconds: shorter ones are queued while the last one still runs, at the price of some memory
+SHORT_STEP = 0.1  # seconds: shorter ones are queued while the last one still runs, at the price of some memory
 
 
 class Clock:

@@ -176,7 +176,7 @@ def _cases(s: Sizes, dtype: mx.Dtype) -> Iterator[tuple[str, Callable[..., Any],
 
 
 def _mix(*inputs: mx.array, marks: mx.array | None) -> tuple[mx.array, mx.array]:
-    return mix(*inputs[:-1], state=inputs[-1], marks=marks, norm_floor=1e-5, norm_epsilon=1e-5, differentiable=False)
+    return mix(*inputs[:-1], state=inputs[-1], marks=marks, norm_floor=1e-5, norm_epsilon=1e-5, z=None)
 
 
 def _recurrence(

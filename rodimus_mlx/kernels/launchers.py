@@ -13,7 +13,7 @@ import mlx.core as mx
 from .launch import Backend, Kernel
 
 STEP_KEYS = 256  # key features that the step kernel can take
-CONV_BLOCK = 8  # tokens a thread convolves, where there are that many
+CONV_BLOCK = 4  # tokens a thread convolves, where there are that many
 
 _SHARED = ["gates.metal"]
 _conv_gate = Kernel(
