@@ -2,7 +2,8 @@
 
     python train.py config_plus.json TOKENS TOKENIZER OUT --minutes 8
 
-TOKENS is what tokenize_data.py wrote. OUT becomes a folder that rodimus-mlx opens, with metrics.jsonl of the losses; OUT/run has the best weights so far.
+TOKENS is what tokenize_data.py wrote.
+OUT becomes a folder that rodimus-mlx opens, with metrics.jsonl of the losses and, in run, the best weights so far.
 With --minutes the speed is measured first, by a few steps that are thrown away.
 """
 
