@@ -65,6 +65,16 @@ def test_memory_grows_with_the_context_for_the_transformer_alone(measured):
     assert rows[-1] == "| Transformer, MB remembered"
 
 
+def test_the_smaller_times_stay_when_it_runs_again(measured, configs, monkeypatch):
+    result = json.loads(measured.read_text())
+    result["models"]["Rodimus"]["ms"] = [0.01, 1e6]
+    measured.write_text(json.dumps(result))
+    run(monkeypatch, context, measured, "--contexts", 64, 600, "--tokens", 2, "--rounds", 2, "--configs", configs)
+    again = json.loads(measured.read_text())["models"]["Rodimus"]["ms"]
+    assert again[0] == 0.01
+    assert again[1] < 1e6
+
+
 def test_the_bytes_are_those_of_what_the_models_remember(measured, configs):
     held = {name: found["bytes"][1] for name, found in json.loads(measured.read_text())["models"].items()}
     config = models.new(configs / "config_plus.json").args
