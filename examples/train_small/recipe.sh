@@ -1,5 +1,6 @@
 #!/bin/sh
-# The small model from nothing: data, tokenizer, samples, training, measures. Works in the folder given (default: out).
+# The small model from nothing: data, tokenizer, samples, training, measures, pictures (which need matplotlib).
+# Works in the folder given (default: out), whose name has no spaces.
 #   sh recipe.sh [FOLDER] [MINUTES]
 set -eu
 here=$(dirname "$0")
@@ -16,6 +17,12 @@ for name in plus rodimus transformer; do
     "$python" "$here/train.py" "$here/config_$name.json" "$out/tokens" "$out/tokenizer" "$out/$name" \
         --minutes "$minutes" --dtype bfloat16
 done
-"$python" "$here/bits_per_byte.py" "$out" "$out/plus" "$out/rodimus" "$out/transformer"
-"$python" "$here/loss_by_position.py" "$out" "$out/plus" "$out/rodimus" "$out/transformer"
-"$python" "$here/parse_rate.py" "$out" "$out/plus"
+all="$out/plus $out/rodimus $out/transformer"
+"$python" "$here/bits_per_byte.py" "$out" $all --json > "$out/bits.json"
+"$python" "$here/loss_by_position.py" "$out" $all --json > "$out/positions.json"
+"$python" "$here/parse_rate.py" "$out" "$out/plus" > "$out/parse.json"
+"$python" "$here/card.py" "$out/plus" --sources "$out/sources.json" \
+    --bits "$out/bits.json" --parse "$out/parse.json" --positions "$out/positions.json"
+"$python" "$here/figures.py" training $all "$out/training.svg"
+"$python" "$here/figures.py" positions "$out/positions.json" "$out/positions.svg"
+cat "$out/plus/README.md"
