@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from ..chat import Chat, Turn
     from ..states import State
 
+CHAT_MODEL = "codefuse-ai/Rodimus-Plus-Coder-1.6B-Chat"
 EXAMPLE = "  rodimus-mlx chat --model coder-1.6b-chat --save my-talk"
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could change the terminal rather than be read
 
 
 def run(
-    model: options.Model = None,
+    model: options.ChatModel = None,
     adapter: options.Adapter = None,
     state: options.State = None,
     save: Annotated[
@@ -46,25 +47,25 @@ def run(
     Ctrl-C stops an answer, Ctrl-D ends the chat, /help lists the commands.
     End a line with a backslash to go on in the next.
     """
+    if model is None:
+        raise RodimusError(f"the bundled model completes Python and does not chat: give --model, say {CHAT_MODEL}")
+
     import mlx.core as mx
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
     from ..chat import Chat
-    from ..loading import DEMO_FOLDER, load
+    from ..loading import load
     from ..states.store import find_state, state_path
     from ..tokenizer import is_chat_model
 
-    name = model or str(DEMO_FOLDER)
-    if model is None:
-        print("No --model given: the bundled demo writes random letters.", file=sys.stderr)
     saved = state_path(save) if save else None
     start = find_state(state) if state else None
     if saved and saved.exists() and start:
         raise RodimusError(f"there is a conversation {save}: give --save or --state, not both")
-    loaded, tokenizer = load(name, adapter_path=adapter)
+    loaded, tokenizer = load(model, adapter_path=adapter)
     if tokenizer is None:
         raise RodimusError("this checkpoint has no tokenizer, so it cannot chat")
-    if model is not None and not is_chat_model(tokenizer):
+    if not is_chat_model(tokenizer):
         print("This is not known as a chat model; its answers may wander.", file=sys.stderr)
     if seed is not None:
         mx.random.seed(seed)
@@ -80,7 +81,7 @@ def run(
             repetition_penalty=None if repetition_penalty == 1 else repetition_penalty
         ),
     )
-    Terminal(chat, name, save).run()
+    Terminal(chat, model, save).run()
 
 
 class Terminal:

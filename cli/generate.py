@@ -77,15 +77,13 @@ def run(
 
     from ..fim import fim_prompt
     from ..generation import ROLE_TAG, encode_prompt, stream_generate
-    from ..loading import DEMO_FOLDER, load
+    from ..loading import load
     from ..speculative import PromptLookup, SpeculativeStats, load_draft_model
     from ..states import load_state
     from ..states.store import find_state
     from ..tokenizer import is_chat_model
 
-    if model is None:
-        print("No --model given: the bundled demo writes random letters.", file=sys.stderr)
-    loaded, tokenizer = load(model or DEMO_FOLDER, adapter_path=adapter)
+    loaded, tokenizer = load(options.model_or_bundled(model), adapter_path=adapter)
     if chat is None:
         chat = is_chat_model(tokenizer)
     if system is not None and not chat:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Annotated
 
@@ -32,7 +33,13 @@ def _no_empty_text(texts: list[str] | None) -> list[str] | None:
 
 Model = Annotated[
     str | None,
-    typer.Option("--model", "-m", metavar="MODEL", help="Folder or Hugging Face id; the default is a tiny demo."),
+    typer.Option(
+        "--model", "-m", metavar="MODEL", help="Folder or Hugging Face id; the default is bundled, and small."
+    ),
+]
+ChatModel = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="MODEL", help="Folder or Hugging Face id of a chat model; needed."),
 ]
 Adapter = Annotated[
     str | None, typer.Option("--adapter", metavar="FOLDER", help="Folder of a LoRA adapter to load on top.")
@@ -101,3 +108,13 @@ DraftTokens = Annotated[
 State = Annotated[
     str | None, typer.Option("--state", metavar="NAME", help="Named state to go on from, or the path of its file.")
 ]
+
+
+def model_or_bundled(model: str | None) -> str:
+    """--model, or the folder of the bundled model and a word about it on standard error."""
+    from ..loading import DEMO_FOLDER
+
+    if model is None:
+        print("No --model given: the bundled 10M-parameter model completes Python.", file=sys.stderr)
+        return str(DEMO_FOLDER)
+    return model

@@ -64,14 +64,12 @@ def run(
     """
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(message)s")
 
-    from ..loading import DEMO_FOLDER, load
+    from ..loading import load
     from ..serve.server import Limits, Server
     from ..states import load_state
     from ..states.store import state_path
 
-    if model is None:
-        print("No --model given: the bundled demo writes random letters.", file=sys.stderr)
-    loaded, tokenizer = load(model or DEMO_FOLDER, adapter_path=adapter)
+    loaded, tokenizer = load(options.model_or_bundled(model), adapter_path=adapter)
     if state:
         if not state_path(state).is_file():
             raise RodimusError(f"there is no state {state}: rodimus-mlx state list shows them")

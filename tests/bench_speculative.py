@@ -17,13 +17,14 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from helpers import TINY_FOLDER
 from mlx.utils import tree_map
 from mlx_lm.generate import generate_step
 
 import rodimus_mlx
 from rodimus_mlx.bench.models import SHAPES
 from rodimus_mlx.config import RodimusConfig
-from rodimus_mlx.loading import DEMO_FOLDER, load_model
+from rodimus_mlx.loading import load_model
 from rodimus_mlx.model import Model
 from rodimus_mlx.speculative import DraftModel, PromptLookup, SpeculativeStats, speculative_steps
 
@@ -67,7 +68,7 @@ def code_prompts(tokenizer: Any, count: int) -> list[list[int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(DEMO_FOLDER))
+    parser.add_argument("--model", default=str(TINY_FOLDER))
     parser.add_argument("--draft-model")
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--layers", type=int)

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from helpers import TINY_FOLDER
 
 import rodimus_mlx
-from rodimus_mlx.loading import DEMO_FOLDER
 from rodimus_mlx.states import State, StateInfo, load_state, save_state, snapshot
 from rodimus_mlx.states.reading import read_stream, read_tokens
 
@@ -102,7 +102,7 @@ def plot(points: list[Point], path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(DEMO_FOLDER))
+    parser.add_argument("--model", default=str(TINY_FOLDER))
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--svg")
     given = parser.parse_args()

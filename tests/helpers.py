@@ -15,7 +15,9 @@ from rodimus_mlx.config import RodimusConfig
 from rodimus_mlx.loading import load_model
 from rodimus_mlx.model import Model
 
-GOLDENS = Path(__file__).parent / "data" / "goldens"
+DATA = Path(__file__).parent / "data"
+TINY_FOLDER = DATA / "tiny"  # a random checkpoint with a tokenizer of bytes; make_tiny.py wrote it
+GOLDENS = DATA / "goldens"
 GOLDEN_NAMES = ("plus_bin", "plus_fla", "plus_untied_sharded", "rodimus")
 
 # What no golden has: other convolution widths (1: no memory at all), heads that share keys or values, no window.

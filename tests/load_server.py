@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from typing import Any
 
+from helpers import TINY_FOLDER
+
 KEY = "load"
 CHAT = "/v1/chat/completions"
 PROMPTS = [[{"role": "user", "content": f"{'long ' * (17 * i % 60)}question {i}"}] for i in range(40)]
@@ -155,9 +157,8 @@ def resident(pid: int) -> int:
 def load(model: str | None, clients: int, seconds: float, tokens: int = 24) -> dict[str, Any]:
     """Start a server, put the load on it, end it; returns the figures."""
     import rodimus_mlx
-    from rodimus_mlx.loading import DEMO_FOLDER
 
-    loaded = rodimus_mlx.load(model or DEMO_FOLDER)
+    loaded = rodimus_mlx.load(model or TINY_FOLDER)
     expected = [rodimus_mlx.generate(*loaded, prompt, max_tokens=tokens) for prompt in PROMPTS]
     options = [
         "--port",

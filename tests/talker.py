@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from helpers import random_model, tiny_config
+from helpers import TINY_FOLDER, random_model, tiny_config
 
-from rodimus_mlx.loading import DEMO_FOLDER
 from rodimus_mlx.tokenizer import load_tokenizer
 
-_LETTERS = slice(64, 64 + 26)  # a to z, in the demo's tokenizer
+_LETTERS = slice(64, 64 + 26)  # a to z, in the tiny checkpoint's tokenizer
 
 
 @functools.cache
@@ -31,15 +30,15 @@ def talker(block_type: str = "rodimus_plus") -> tuple[Any, Any]:
     head = mx.zeros_like(model.lm_head.weight)
     head[_LETTERS] = model.lm_head.weight[_LETTERS]
     model.lm_head.weight = head
-    return model, load_tokenizer(DEMO_FOLDER)
+    return model, load_tokenizer(TINY_FOLDER)
 
 
 def save_talker(folder: Path) -> Path:
     """The talker as a checkpoint, known as a chat model."""
     model, _ = talker()
     folder.mkdir()
-    shutil.copy(DEMO_FOLDER / "tokenizer.json", folder)
-    settings = json.loads((DEMO_FOLDER / "tokenizer_config.json").read_text()) | {"is_chat_model": True}
+    shutil.copy(TINY_FOLDER / "tokenizer.json", folder)
+    settings = json.loads((TINY_FOLDER / "tokenizer_config.json").read_text()) | {"is_chat_model": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "config.json").write_text(json.dumps(model.args.to_dict()))
     model.save_weights(str(folder / "model.safetensors"))

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import TINY_FOLDER
 from talker import talker
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from rodimus_mlx import RodimusError, generate
 from rodimus_mlx.fim import MARKS, fim_prompt
-from rodimus_mlx.loading import DEMO_FOLDER
 from rodimus_mlx.tokenizer import load_tokenizer
 
 TEXTS = [
@@ -26,8 +26,8 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def demo() -> Any:
-    return load_tokenizer(DEMO_FOLDER)
+def tiny() -> Any:
+    return load_tokenizer(TINY_FOLDER)
 
 
 def byte_tokenizer(folder: Path, *added: AddedToken) -> Any:
@@ -44,24 +44,24 @@ def byte_tokenizer(folder: Path, *added: AddedToken) -> Any:
 
 @pytest.mark.parametrize("prefix", TEXTS)
 @pytest.mark.parametrize("suffix", TEXTS)
-def test_the_marks_stand_around_the_texts_and_nowhere_else(demo: Any, prefix: str, suffix: str) -> None:
-    begin, hole, end = (demo.convert_tokens_to_ids(mark) for mark in MARKS)
-    tokens = fim_prompt(demo, prefix, suffix)
+def test_the_marks_stand_around_the_texts_and_nowhere_else(tiny: Any, prefix: str, suffix: str) -> None:
+    begin, hole, end = (tiny.convert_tokens_to_ids(mark) for mark in MARKS)
+    tokens = fim_prompt(tiny, prefix, suffix)
     middle = tokens.index(hole)
     assert [tokens.index(begin), tokens.index(end)] == [0, len(tokens) - 1]
-    assert {*tokens[1:middle], *tokens[middle + 1 : -1]}.isdisjoint(demo.get_added_vocab().values())
-    assert (demo.decode(tokens[1:middle]), demo.decode(tokens[middle + 1 : -1])) == (prefix, suffix)
+    assert {*tokens[1:middle], *tokens[middle + 1 : -1]}.isdisjoint(tiny.get_added_vocab().values())
+    assert (tiny.decode(tokens[1:middle]), tiny.decode(tokens[middle + 1 : -1])) == (prefix, suffix)
 
 
-def test_special_tokens_are_known_again_afterwards(demo: Any) -> None:
-    fim_prompt(demo, "<|fim_end|>", "")
-    assert demo.encode("<|fim_end|>", add_special_tokens=False) == [demo.convert_tokens_to_ids("<|fim_end|>")]
+def test_special_tokens_are_known_again_afterwards(tiny: Any) -> None:
+    fim_prompt(tiny, "<|fim_end|>", "")
+    assert tiny.encode("<|fim_end|>", add_special_tokens=False) == [tiny.convert_tokens_to_ids("<|fim_end|>")]
 
 
 @pytest.mark.parametrize(("prefix", "suffix"), [("one", ""), ("", "two")])
-def test_one_side_may_be_empty(demo: Any, prefix: str, suffix: str) -> None:
+def test_one_side_may_be_empty(tiny: Any, prefix: str, suffix: str) -> None:
     text = f"<|fim_begin|>{prefix}<|fim_hole|>{suffix}<|fim_end|>"
-    assert fim_prompt(demo, prefix, suffix) == demo.encode(text, add_special_tokens=False)
+    assert fim_prompt(tiny, prefix, suffix) == tiny.encode(text, add_special_tokens=False)
 
 
 def test_models_take_it() -> None:
@@ -89,6 +89,6 @@ class TestRefused:
             fim_prompt(tokenizer, "a", "b<|fim_end|>")
 
     @pytest.mark.parametrize(("prefix", "suffix", "message"), [("", "", "both empty"), ("a", "\udcff", "UTF-8")])
-    def test_texts(self, demo: Any, prefix: str, suffix: str, message: str) -> None:
+    def test_texts(self, tiny: Any, prefix: str, suffix: str, message: str) -> None:
         with pytest.raises(RodimusError, match=message):
-            fim_prompt(demo, prefix, suffix)
+            fim_prompt(tiny, prefix, suffix)

@@ -7,20 +7,20 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 import pytest
+from helpers import TINY_FOLDER
 from hypothesis import given
 from hypothesis import strategies as st
 
 import rodimus_mlx
 from rodimus_mlx.errors import RodimusError
 from rodimus_mlx.generation import StopStrings, encode_prompt, stream_generate
-from rodimus_mlx.loading import DEMO_FOLDER
 
 PROMPT = "def f(x):"
 
 
 @pytest.fixture(scope="module")
-def demo() -> tuple[Any, Any]:
-    return rodimus_mlx.load(DEMO_FOLDER)
+def tiny() -> tuple[Any, Any]:
+    return rodimus_mlx.load(TINY_FOLDER)
 
 
 class TestStopStrings:
@@ -62,23 +62,23 @@ class TestStopStrings:
 
 
 class TestStream:
-    def test_equals_mlx_lm(self, demo: tuple[Any, Any]) -> None:
-        assert rodimus_mlx.generate(*demo, PROMPT, max_tokens=20) == mlx_lm.generate(*demo, PROMPT, max_tokens=20)
+    def test_equals_mlx_lm(self, tiny: tuple[Any, Any]) -> None:
+        assert rodimus_mlx.generate(*tiny, PROMPT, max_tokens=20) == mlx_lm.generate(*tiny, PROMPT, max_tokens=20)
 
-    def test_stop_string_across_tokens(self, demo: tuple[Any, Any]) -> None:
-        whole = rodimus_mlx.generate(*demo, PROMPT, max_tokens=20)
+    def test_stop_string_across_tokens(self, tiny: tuple[Any, Any]) -> None:
+        whole = rodimus_mlx.generate(*tiny, PROMPT, max_tokens=20)
         stop = whole[8:11]  # each token is one letter
-        responses = list(stream_generate(*demo, PROMPT, max_tokens=20, stop=[stop]))
+        responses = list(stream_generate(*tiny, PROMPT, max_tokens=20, stop=[stop]))
         assert "".join(r.text for r in responses) == whole[: whole.index(stop)]
         assert responses[-1].finish_reason == "stop"
         assert all(r.finish_reason is None for r in responses[:-1])
 
-    def test_length(self, demo: tuple[Any, Any]) -> None:
-        responses = list(stream_generate(*demo, PROMPT, max_tokens=7))
+    def test_length(self, tiny: tuple[Any, Any]) -> None:
+        responses = list(stream_generate(*tiny, PROMPT, max_tokens=7))
         assert (len(responses), responses[-1].generation_tokens, responses[-1].finish_reason) == (7, 7, "length")
 
-    def test_end_token(self, demo: tuple[Any, Any]) -> None:
-        model, tokenizer = demo
+    def test_end_token(self, tiny: tuple[Any, Any]) -> None:
+        model, tokenizer = tiny
 
         def end_next(_: mx.array) -> mx.array:
             return mx.array([tokenizer.eos_token_id])
@@ -86,8 +86,8 @@ class TestStream:
         responses = list(stream_generate(model, tokenizer, PROMPT, sampler=end_next))
         assert [(r.text, r.finish_reason) for r in responses] == [("", "stop")]
 
-    def test_a_role_tag_ends_an_answer_but_not_a_text(self, demo: tuple[Any, Any]) -> None:
-        model, tokenizer = demo
+    def test_a_role_tag_ends_an_answer_but_not_a_text(self, tiny: tuple[Any, Any]) -> None:
+        model, tokenizer = tiny
         script = tokenizer.encode("yes<role>HUMAN</role>")
 
         def answer(prompt: Any) -> str:
@@ -101,8 +101,8 @@ class TestStream:
 
 
 class TestEncode:
-    def test_three_kinds_of_prompt(self, demo: tuple[Any, Any]) -> None:
-        model, tokenizer = demo
+    def test_three_kinds_of_prompt(self, tiny: tuple[Any, Any]) -> None:
+        model, tokenizer = tiny
         text = "<role>SYSTEM</role>s<role>HUMAN</role>u<role>ASSISTANT</role>"
         messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
         tokens = tokenizer.encode(text)
@@ -123,10 +123,10 @@ class TestEncode:
             ([{"content": "x"}], "chat template cannot write this conversation"),
         ],
     )
-    def test_refused(self, demo: tuple[Any, Any], prompt: Any, message: str) -> None:
+    def test_refused(self, tiny: tuple[Any, Any], prompt: Any, message: str) -> None:
         with pytest.raises(RodimusError, match=message):
-            encode_prompt(*demo, prompt)
+            encode_prompt(*tiny, prompt)
 
-    def test_no_tokenizer(self, demo: tuple[Any, Any]) -> None:
+    def test_no_tokenizer(self, tiny: tuple[Any, Any]) -> None:
         with pytest.raises(RodimusError, match=r"put its tokenizer\.json or tokenizer\.model into"):
-            rodimus_mlx.generate(demo[0], None, "x")
+            rodimus_mlx.generate(tiny[0], None, "x")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers import TINY_FOLDER
 from hub_server import Hub, serve
 
 from rodimus_mlx.errors import RodimusError
@@ -18,7 +19,6 @@ from rodimus_mlx.hub import find_folder
 REPO = "owner/Tiny-Chat"
 WEIGHTS = bytes(range(256)) * 4000
 SMALL = {"config.json": b"{}", "tokenizer.json": b"{}", "README.md": b"# Tiny\n"}
-DEMO = Path(__file__).parents[1] / "rodimus_mlx" / "demo"
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -181,7 +181,7 @@ def test_a_file_is_not_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_generates_from_a_hub_id(hub: Hub, tmp_path: Path) -> None:
-    hub.files = {path.name: path.read_bytes() for path in DEMO.iterdir()}
+    hub.files = {path.name: path.read_bytes() for path in TINY_FOLDER.iterdir()}
     command = [sys.executable, "-m", "rodimus_mlx.cli.app", "generate", "--model", REPO, "hello", "-n", "4"]
     result = subprocess.run(
         command, env=hub_environment(hub, tmp_path), capture_output=True, text=True, cwd=tmp_path, timeout=120

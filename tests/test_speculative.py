@@ -9,14 +9,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import largest_difference, random_model, tiny_config
+from helpers import TINY_FOLDER, largest_difference, random_model, tiny_config
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 import rodimus_mlx
 from rodimus_mlx.errors import RodimusError
 from rodimus_mlx.generation import stream_generate
-from rodimus_mlx.loading import DEMO_FOLDER
 from rodimus_mlx.speculative import DraftModel, PromptLookup, SpeculativeStats, load_draft_model, speculative_steps
 
 LENGTH = 40  # several windows of the small models
@@ -57,8 +56,8 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(scope="module")
-def demo() -> tuple[Any, Any]:
-    return rodimus_mlx.load(DEMO_FOLDER)
+def tiny() -> tuple[Any, Any]:
+    return rodimus_mlx.load(TINY_FOLDER)
 
 
 class TestGreedy:
@@ -196,24 +195,24 @@ class TestPromptLookup:
 
 
 class TestText:
-    def test_same_text_ends_and_counts(self, demo: tuple[Any, Any]) -> None:
+    def test_same_text_ends_and_counts(self, tiny: tuple[Any, Any]) -> None:
         for stop in ([], ["T", "q"]):
             options: dict[str, Any] = {"max_tokens": 30, "stop": stop}
-            expected = list(stream_generate(*demo, "def f(x):", **options))
-            found = list(stream_generate(*demo, "def f(x):", guesser=DraftModel(demo[0]), **options))
+            expected = list(stream_generate(*tiny, "def f(x):", **options))
+            found = list(stream_generate(*tiny, "def f(x):", guesser=DraftModel(tiny[0]), **options))
             assert "".join(r.text for r in found) == "".join(r.text for r in expected)
             assert found[-1].finish_reason == expected[-1].finish_reason
             assert found[-1].generation_tokens == expected[-1].generation_tokens
             assert found[0].prompt_tokens == 9
 
-    def test_end_token(self, demo: tuple[Any, Any]) -> None:
-        model, tokenizer = demo
+    def test_end_token(self, tiny: tuple[Any, Any]) -> None:
+        model, tokenizer = tiny
         bias = make_logits_processors({tokenizer.eos_token_id: 1e9})
         found = list(
             stream_generate(model, tokenizer, "x", max_tokens=9, guesser=PromptLookup(), logits_processors=bias)
         )
         assert [(r.text, r.finish_reason) for r in found] == [("", "stop")]
 
-    def test_another_vocabulary(self, demo: tuple[Any, Any]) -> None:
+    def test_another_vocabulary(self, tiny: tuple[Any, Any]) -> None:
         with pytest.raises(RodimusError, match="cannot guess for this model: its vocab_size is 262, not 61"):
-            load_draft_model(str(DEMO_FOLDER), random_model(tiny_config()))
+            load_draft_model(str(TINY_FOLDER), random_model(tiny_config()))

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from helpers import TINY_FOLDER
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_demo import write_tokenizer
+from make_tiny import write_tokenizer
 
 from rodimus_mlx.errors import RodimusError, RodimusWarning
 from rodimus_mlx.tokenizer import CHAT_TEMPLATE, is_chat_model, load_tokenizer
@@ -72,8 +73,8 @@ class TestTokenizerJson:
     @settings(max_examples=50, deadline=None)
     def test_streaming_any_text(self, text: str) -> None:
         text = text.replace("\0", "")  # mlx-lm's byte table has no NUL
-        demo = load_tokenizer(Path(__file__).parents[1] / "rodimus_mlx" / "demo")
-        assert streamed(demo, demo.encode(text)) == text
+        tiny = load_tokenizer(TINY_FOLDER)
+        assert streamed(tiny, tiny.encode(text)) == text
 
     @pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": 3}'])
     def test_damaged(self, folder: Path, content: str) -> None:

@@ -9,14 +9,13 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from helpers import config_dict
+from helpers import TINY_FOLDER, config_dict
 from mlx.utils import tree_flatten
 from rodimus_mlx.convert.mapping import count_parameters
 
 from rodimus_mlx.bench.models import PEERS, SHAPES, load_subject, parameter_bytes, random_model, random_subject
 from rodimus_mlx.config import RodimusConfig
 from rodimus_mlx.errors import RodimusError
-from rodimus_mlx.loading import DEMO_FOLDER
 from rodimus_mlx.model import Model
 
 # As counted in the released files; the peers' as their authors give them.
@@ -89,9 +88,9 @@ def test_a_quantized_folder_stays_so(tmp_path):
 
 
 def test_weights_of_a_checkpoint_are_its_own():
-    subject = load_subject(DEMO_FOLDER)
-    assert subject.name == "demo"
-    weights = mx.load(str(DEMO_FOLDER / "model.safetensors"))
+    subject = load_subject(TINY_FOLDER)
+    assert subject.name == "tiny"
+    weights = mx.load(str(TINY_FOLDER / "model.safetensors"))
     assert mx.array_equal(subject.model.model.embeddings.weight, weights["model.embeddings.weight"])
 
 

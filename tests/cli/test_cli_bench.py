@@ -1,4 +1,4 @@
-"""``rodimus-mlx bench`` as a user types it, on the bundled demo."""
+"""``rodimus-mlx bench`` as a user types it, on a tiny model and the bundled one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import statistics
 from pathlib import Path
 
 import pytest
+from helpers import TINY_FOLDER
 from rodimus_mlx.cli.app import main
 
 from rodimus_mlx.bench import measure
-from rodimus_mlx.loading import DEMO_FOLDER
 
+TINY = ["--model", str(TINY_FOLDER)]
 QUICK = ["--prompt-lengths", "5,40", "--tokens", "3", "--rounds", "3"]
 
 
@@ -21,21 +22,21 @@ def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "COPY_BYTES", 1 << 20)
 
 
-def test_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_of_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *QUICK]) == 0
     out = capsys.readouterr().out
     lines = out.splitlines()
-    assert ", MLX " in lines[0] and " GB/s; demo 0.7 MB" in lines[0]
+    assert ", MLX " in lines[0] and " GB/s; demo 9." in lines[0]
     rows = [line.split() for line in lines if line.startswith(" demo ")]
     assert [row[1] for row in rows] == ["5", "40"]
     assert all("±" in line and line.rstrip().endswith("%") for line in lines if line.startswith(" demo "))
 
 
 def test_json_of_two_models(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--compare", str(DEMO_FOLDER), "--bits", "4", "--json", *QUICK]) == 0
+    assert main(["bench", *TINY, "--compare", TINY[1], "--bits", "4", "--json", *QUICK]) == 0
     found = json.loads(capsys.readouterr().out)
     ours, theirs = found["models"]
-    assert (ours["name"], theirs["name"]) == ("demo", f"{DEMO_FOLDER}, 4 bit")
+    assert (ours["name"], theirs["name"]) == ("tiny", f"{TINY_FOLDER}, 4 bit")
     assert theirs["weights_gb"] < ours["weights_gb"] / 4
     results = found["results"]
     assert [each["prompt_tokens"] for each in results] == [5, 5, 40, 40]
@@ -55,8 +56,8 @@ def test_json_of_two_models(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_ratios_in_words(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--compare", str(DEMO_FOLDER), *QUICK]) == 0
-    assert f"\nprompt 40: demo / {DEMO_FOLDER}: prefill " in capsys.readouterr().out
+    assert main(["bench", *TINY, "--compare", TINY[1], *QUICK]) == 0
+    assert f"\nprompt 40: tiny / {TINY_FOLDER}: prefill " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -86,5 +87,5 @@ def test_another_architecture_without_weights(tmp_path: Path, capsys: pytest.Cap
         **{"num_attention_heads": 4, "rms_norm_eps": 1e-5, "vocab_size": 50, "tie_word_embeddings": False},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert main(["bench", "--compare", str(tmp_path), *QUICK]) == 0
+    assert main(["bench", *TINY, "--compare", str(tmp_path), *QUICK]) == 0
     assert f" {tmp_path} " in capsys.readouterr().out

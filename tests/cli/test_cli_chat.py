@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import TINY_FOLDER
 from rodimus_mlx.cli.app import main
 from rodimus_mlx.cli.chat import _CONTROL, COMMANDS
 from rodimus_mlx.cli.line_editor import _is_libedit
@@ -239,7 +240,15 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
     ids=" ".join,
 )
 def test_refused(home: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["state", "make", "kept", "--system", "x"])
+    main(["state", "make", "kept", "--system", "x", "--model", str(TINY_FOLDER)])
     capsys.readouterr()
-    assert main(["chat", *arguments]) == 1
+    assert main(["chat", "--model", str(TINY_FOLDER), *arguments]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == f"Error: {message}"
+
+
+def test_the_bundled_model_does_not_chat(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat"]) == 1
+    assert capsys.readouterr().err == (
+        "Error: the bundled model completes Python and does not chat: "
+        "give --model, say codefuse-ai/Rodimus-Plus-Coder-1.6B-Chat\n"
+    )

@@ -6,16 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import TINY_FOLDER
 from rodimus_mlx.cli.app import main
 
-from rodimus_mlx.loading import DEMO_FOLDER, load_model
+from rodimus_mlx.loading import load_model
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 
 
 def test_converts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert main(["convert", str(DEMO_FOLDER), str(out), "--dtype", "float32"]) == 0
+    assert main(["convert", str(TINY_FOLDER), str(out), "--dtype", "float32"]) == 0
     printed = capsys.readouterr()
     assert printed.out.startswith(f"{out}: ") and "parameters, float32, " in printed.out
     assert printed.err == ""  # no progress bar where nobody looks
@@ -33,8 +34,8 @@ def test_a_missing_tokenizer_is_a_warning(tmp_path: Path, capsys: pytest.Capture
     ("arguments", "status", "message"),
     [
         (["./absent", "out"], 1, "there is no folder ./absent"),
-        ([str(DEMO_FOLDER), "taken"], 1, "taken exists and is not empty"),
-        ([str(DEMO_FOLDER), "out", "--dtype", "int8"], 2, "'float32', 'bfloat16', 'float16'"),
+        ([str(TINY_FOLDER), "taken"], 1, "taken exists and is not empty"),
+        ([str(TINY_FOLDER), "out", "--dtype", "int8"], 2, "'float32', 'bfloat16', 'float16'"),
     ],
 )
 def test_errors(

@@ -1,4 +1,4 @@
-"""``rodimus-mlx generate`` as a user types it, on the bundled demo."""
+"""``rodimus-mlx generate`` as a user types it, on a tiny model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from helpers import TINY_FOLDER
 from rodimus_mlx.cli.app import main
 
 import rodimus_mlx
-from rodimus_mlx.loading import DEMO_FOLDER
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 COMMAND = [sys.executable, "-m", "rodimus_mlx.cli.app", "generate"]
@@ -40,10 +40,10 @@ Generate = Callable[..., Result]
 def generate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Generate:
     """Runs the command in this process."""
 
-    def run(*arguments: str, stdin: bytes | None = None) -> Result:
+    def run(*arguments: str, stdin: bytes | None = None, model: str | Path | None = TINY_FOLDER) -> Result:
         if stdin is not None:
             monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        status = main(["generate", *arguments])
+        status = main(["generate", *arguments, *(["--model", str(model)] if model else [])])
         return Result(status, *capsys.readouterr())
 
     return run
@@ -51,31 +51,31 @@ def generate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture(scope="module")
 def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo under a chat model's name."""
-    folder = tmp_path_factory.mktemp("models") / "demo"
-    shutil.copytree(DEMO_FOLDER, folder)
+    """The tiny model under a chat model's name."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    shutil.copytree(TINY_FOLDER, folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"is_chat_model": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
 
 def text_of(prompt: Any, **options: Any) -> str:
-    return rodimus_mlx.generate(*rodimus_mlx.load(DEMO_FOLDER), prompt, **options)
+    return rodimus_mlx.generate(*rodimus_mlx.load(TINY_FOLDER), prompt, **options)
 
 
 class TestText:
-    def test_the_default_is_the_demo(self, generate: Generate) -> None:
-        result = generate("hello", "--max-tokens", "20")
+    def test_the_default_is_the_bundled_model(self, generate: Generate) -> None:
+        result = generate("class Point:\n    def __init__(self, x, y):\n", "--max-tokens", "20", model=None)
         assert result.status == 0
-        assert result.out == text_of("hello", max_tokens=20) + "\n"
+        assert result.out.startswith("        self.x = x\n")
         note, speeds = result.err.splitlines()
-        assert note == "No --model given: the bundled demo writes random letters."
+        assert note == "No --model given: the bundled 10M-parameter model completes Python."
         assert SPEEDS.fullmatch(speeds)
         assert "generated 20 at" in speeds
         assert max(len(note), len(speeds)) <= 80
 
     def test_a_named_model_has_no_note(self, generate: Generate) -> None:
-        result = generate("hello", "--model", str(DEMO_FOLDER), "-n", "3")
+        result = generate("hello", "-n", "3")
         assert SPEEDS.fullmatch(result.err.strip())
 
     @pytest.mark.parametrize("arguments", [[], ["-"]])
@@ -117,11 +117,11 @@ class TestChat:
         assert generate("hello", "--chat", "-n", "9").out == text_of(self.MESSAGES[1:], max_tokens=9) + "\n"
 
     def test_a_chat_model_chats(self, generate: Generate, chat_folder: Path) -> None:
-        result = generate("hello", "--system", "S", "--model", str(chat_folder), "-n", "9")
+        result = generate("hello", "--system", "S", "-n", "9", model=chat_folder)
         assert result.out == text_of(self.MESSAGES, max_tokens=9) + "\n"
 
     def test_no_chat_on_a_chat_model(self, generate: Generate, chat_folder: Path) -> None:
-        result = generate("hello", "--no-chat", "--model", str(chat_folder), "-n", "9")
+        result = generate("hello", "--no-chat", "-n", "9", model=chat_folder)
         assert result.out == text_of("hello", max_tokens=9) + "\n"
 
     @pytest.mark.parametrize("flags", [[], ["--no-chat"]])
@@ -133,7 +133,7 @@ class TestChat:
 
 class TestJson:
     def test_one_object(self, generate: Generate) -> None:
-        result = generate("hello", "--json", "-n", "6", "--model", str(DEMO_FOLDER))
+        result = generate("hello", "--json", "-n", "6")
         assert result.err == ""
         value = json.loads(result.out)
         assert {key: type(item) for key, item in value.items()} == {
@@ -201,7 +201,6 @@ class TestErrors:
             ([], b"", "the prompt is empty: there is nothing to continue"),
             (["-"], b"ab\xff", "standard input is not UTF-8 text: invalid start byte at byte 2"),
             (["\udcff"], None, "the prompt is not valid UTF-8 text"),
-            (["x", "--model", "./absent"], None, "there is no folder ./absent"),
             (["x", "--adapter", "./absent"], None, "absent is not an adapter: it has no adapter_config.json"),
         ],
     )
@@ -210,9 +209,12 @@ class TestErrors:
         assert (result.status, result.out) == (1, "")
         assert result.err.splitlines()[-1] == f"Error: {message}"
 
+    def test_no_model(self, generate: Generate) -> None:
+        assert generate("x", model="./absent") == Result(1, "", "Error: there is no folder ./absent\n")
+
     @pytest.mark.filterwarnings("default")
     def test_no_tokenizer(self, generate: Generate) -> None:
-        result = generate("x", "--model", str(GOLDENS / "rodimus"))
+        result = generate("x", model=GOLDENS / "rodimus")
         warning, error = result.err.splitlines()
         assert warning.startswith("Warning: ") and "no tokenizer.json" in warning
         assert error.startswith("Error: this checkpoint has no tokenizer")
@@ -228,13 +230,15 @@ class TestErrors:
                 return True
 
         monkeypatch.setattr(sys, "stdin", Terminal())
-        assert generate() == Result(2, "", "Error: Invalid value for PROMPT: give a text, or pipe one in\n")
+        assert generate(model=None) == Result(2, "", "Error: Invalid value for PROMPT: give a text, or pipe one in\n")
 
 
 class TestProcess:
     def test_ctrl_c_keeps_what_was_written(self) -> None:
         with subprocess.Popen(
-            [*COMMAND, "hello", "--max-tokens", "1000000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [*COMMAND, "hello", "--max-tokens", "1000000", "--model", str(TINY_FOLDER)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         ) as process:
             assert process.stdout is not None and process.stderr is not None
             start = process.stdout.read(10)
@@ -242,13 +246,12 @@ class TestProcess:
             rest, error = process.communicate(timeout=60)
         assert process.returncode == 130
         assert rest.endswith(b"\n")
-        _, speeds = error.decode().splitlines()
-        assert SPEEDS.fullmatch(speeds)
+        assert SPEEDS.fullmatch(error.decode().strip())
         assert (start + rest).decode().startswith(text_of("hello", max_tokens=10))
 
     def test_utf8_whatever_the_locale(self) -> None:
         environment = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-        command = [*COMMAND, "-", "--temp", "20", "--seed", "1", "-n", "100"]
+        command = [*COMMAND, "-", "--temp", "20", "--seed", "1", "-n", "100", "--model", str(TINY_FOLDER)]
         result = subprocess.run(command, input="ü".encode(), capture_output=True, env=environment, timeout=60)
         assert result.returncode == 0, result.stderr
         assert "\ufffd" in result.stdout.decode("utf-8")

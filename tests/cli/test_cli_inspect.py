@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import TINY_FOLDER
 from hub_server import Hub, serve
 from rodimus_mlx.cli.app import main
 from rodimus_mlx.convert.convert import convert
@@ -21,7 +22,7 @@ REPO = "owner/Plus-Chat"
 
 
 def test_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(DEMO_FOLDER), "--context", "500"]) == 0
+    assert main(["inspect", str(TINY_FOLDER), "--context", "500"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     text = " ".join(printed.out.split())
@@ -35,14 +36,19 @@ def test_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
         "To finetune (lora, 4 x 2,048 tokens",
     ):
         assert part in text
-    assert main(["inspect", str(DEMO_FOLDER), "--context", "500", "--json"]) == 0
+    assert main(["inspect", str(TINY_FOLDER), "--context", "500", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert f"Rodimus+, {found['parameters']:,} parameters" in text
     assert found["context"] == 500 and found["available_memory"] > found["memory"]["as it is"]["total"]
 
 
+def test_the_bundled_model_is_as_large_as_commands_say(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(DEMO_FOLDER), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] // 1_000_000 == 10
+
+
 def test_quantized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    convert(DEMO_FOLDER, tmp_path / "out", scheme=make_scheme(3))
+    convert(TINY_FOLDER, tmp_path / "out", scheme=make_scheme(3))
     assert main(["inspect", str(tmp_path / "out"), "--method", "full"]) == 0
     text = capsys.readouterr().out
     assert "quantization: 3 bit affine, groups of 64, " in text and "8 bit" not in text
@@ -53,7 +59,7 @@ def test_quantized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_finetuning_settings_matter(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     needs = []
     for given in ([], options):
-        assert main(["inspect", str(DEMO_FOLDER), "--json", *given]) == 0
+        assert main(["inspect", str(TINY_FOLDER), "--json", *given]) == 0
         needs.append(json.loads(capsys.readouterr().out)["finetuning"]["memory"])
     assert needs[1] < needs[0]
 

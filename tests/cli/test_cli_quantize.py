@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import TINY_FOLDER
 from rodimus_mlx.cli.app import main
 
-from rodimus_mlx.loading import DEMO_FOLDER, load_model
+from rodimus_mlx.loading import load_model
 
-DEMO = str(DEMO_FOLDER)
+TINY = str(TINY_FOLDER)
 TEXT = "def f(x):\n    return x + 1  # and a little more text than nothing\n" * 40
 
 
@@ -47,7 +48,7 @@ def test_schemes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    assert main([command, DEMO, str(out), *options]) == 0
+    assert main([command, TINY, str(out), *options]) == 0
     assert "bits per weight, " in capsys.readouterr().out
     table = quantization(out)
     assert (table["bits"], table["group_size"], table["mode"]) == (bits, group_size, mode)
@@ -56,7 +57,7 @@ def test_schemes(
 
 def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small, full, official = (str(tmp_path / name) for name in ("small", "full", "official"))
-    assert main(["convert", DEMO, small, "--bits", "8"]) == 0
+    assert main(["convert", TINY, small, "--bits", "8"]) == 0
     assert main(["convert", small, full, "--dequantize", "--dtype", "float32"]) == 0
     assert main(["convert", full, official, "--to-official"]) == 0
     assert main(["convert", official, str(tmp_path / "fla"), "--to-fla"]) == 0
@@ -69,7 +70,7 @@ def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_calibrated(method: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     few = ["--samples", "24", "--seq-len", "32", "--batch", "2"]
-    assert main(["quantize", DEMO, str(out), "--bits", "2", "--calibrate", method, "--data", text, *few]) == 0
+    assert main(["quantize", TINY, str(out), "--bits", "2", "--calibrate", method, "--data", text, *few]) == 0
     printed = capsys.readouterr()
     assert printed.out.count("\n") == 1 and "bits per weight" in printed.out
     card = (out / "README.md").read_text()
@@ -79,7 +80,7 @@ def test_calibrated(method: str, text: str, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_measured(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", DEMO, str(tmp_path / "out"), "--bits", "8", "--measure", text]) == 0
+    assert main(["convert", TINY, str(tmp_path / "out"), "--bits", "8", "--measure", text]) == 0
     assert "Perplexity " in capsys.readouterr().out
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.count("## Measured") == 1 and "Perplexity on `text.txt`" in card and "| 0-256 | 256 |" in card
@@ -88,21 +89,21 @@ def test_measured(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["convert", DEMO, "out", "--bits", "7"], 1, "affine has bits 2, 3, 4, 5, 6, 8, not 7"),
-        (["convert", DEMO, "out", "--bits", "8", "--mode", "mxfp4"], 1, "mxfp4 has bits 4, not 8"),
-        (["convert", DEMO, "out", "--mode", "gguf"], 2, "'affine', 'mxfp4', 'mxfp8', 'nvfp4'"),
-        (["convert", DEMO, "out", "--recipe", "best"], 2, "'default', 'all', 'mixed_2_6'"),
-        (["convert", DEMO, "out", "--dequantize"], 1, "is not quantized: there is nothing to dequantize"),
-        (["convert", DEMO, "out", "--to-official", "--to-fla"], 1, "--to-official or --to-fla, not both"),
-        (["convert", DEMO, "out", "--to-fla", "--bits", "4"], 1, "does not go with --bits"),
-        (["convert", DEMO, "out", "--to-fla", "--measure", "x"], 1, "--measure does not go with --to-fla"),
-        (["quantize", DEMO, "out", "--calibrate", "gptq"], 1, "--calibrate needs --data"),
-        (["quantize", DEMO, "out", "--data", "x"], 1, "--data is for --calibrate"),
-        (["quantize", DEMO, "out", "--calibrate", "gptq", "--data", "x", "--bits", "3"], 1, "gptq has bits 2, 4, 8"),
-        (["quantize", DEMO, "out", "--calibrate", "dwq", "--data", "x", "--bits", "8"], 1, "nothing to gain at 8 bits"),
-        (["quantize", DEMO, "out", "--calibrate", "dwq", "--data", "x", "--mode", "mxfp4"], 1, "in mode affine"),
-        (["quantize", DEMO, "out", "--calibrate", "dwq", "--data", "x", "--recipe", "all"], 1, "the recipe 'default'"),
-        (["quantize", DEMO, "out", "--calibrate", "gptq", "--data", "absent"], 1, "there is no file absent"),
+        (["convert", TINY, "out", "--bits", "7"], 1, "affine has bits 2, 3, 4, 5, 6, 8, not 7"),
+        (["convert", TINY, "out", "--bits", "8", "--mode", "mxfp4"], 1, "mxfp4 has bits 4, not 8"),
+        (["convert", TINY, "out", "--mode", "gguf"], 2, "'affine', 'mxfp4', 'mxfp8', 'nvfp4'"),
+        (["convert", TINY, "out", "--recipe", "best"], 2, "'default', 'all', 'mixed_2_6'"),
+        (["convert", TINY, "out", "--dequantize"], 1, "is not quantized: there is nothing to dequantize"),
+        (["convert", TINY, "out", "--to-official", "--to-fla"], 1, "--to-official or --to-fla, not both"),
+        (["convert", TINY, "out", "--to-fla", "--bits", "4"], 1, "does not go with --bits"),
+        (["convert", TINY, "out", "--to-fla", "--measure", "x"], 1, "--measure does not go with --to-fla"),
+        (["quantize", TINY, "out", "--calibrate", "gptq"], 1, "--calibrate needs --data"),
+        (["quantize", TINY, "out", "--data", "x"], 1, "--data is for --calibrate"),
+        (["quantize", TINY, "out", "--calibrate", "gptq", "--data", "x", "--bits", "3"], 1, "gptq has bits 2, 4, 8"),
+        (["quantize", TINY, "out", "--calibrate", "dwq", "--data", "x", "--bits", "8"], 1, "nothing to gain at 8 bits"),
+        (["quantize", TINY, "out", "--calibrate", "dwq", "--data", "x", "--mode", "mxfp4"], 1, "in mode affine"),
+        (["quantize", TINY, "out", "--calibrate", "dwq", "--data", "x", "--recipe", "all"], 1, "the recipe 'default'"),
+        (["quantize", TINY, "out", "--calibrate", "gptq", "--data", "absent"], 1, "there is no file absent"),
         (["inspect", "absent"], 1, "there is no folder absent"),
         (["inspect", "."], 1, "is not a checkpoint"),
     ],
@@ -123,6 +124,6 @@ def test_errors(
 
 
 def test_too_little_text(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["quantize", DEMO, str(tmp_path / "out"), "--calibrate", "gptq", "--data", text, "--seq-len", "2000"]
+    arguments = ["quantize", TINY, str(tmp_path / "out"), "--calibrate", "gptq", "--data", text, "--seq-len", "2000"]
     assert main(arguments) == 1
     assert "too few to calibrate on: give 16,000 or more" in capsys.readouterr().err

@@ -14,11 +14,12 @@ from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 
 import pytest
+from helpers import TINY_FOLDER
 from rodimus_mlx.cli.app import main
 
 import rodimus_mlx
-from rodimus_mlx.loading import DEMO_FOLDER
 
+TINY = str(TINY_FOLDER)
 SECONDS = 60  # after which a test has failed
 
 
@@ -58,8 +59,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def server(home: Path) -> Iterator[Process]:
-    main(["state", "make", "text", "--system", "once upon", "--chat"])
-    process = Process("--state", "text", "--name", "mine", RODIMUS_API_KEY="sesame")
+    main(["state", "make", "text", "--system", "once upon", "--chat", "--model", TINY])
+    process = Process("--model", TINY, "--state", "text", "--name", "mine", RODIMUS_API_KEY="sesame")
     yield process
     process.process.kill()
     process.process.wait()
@@ -69,12 +70,11 @@ def server(home: Path) -> Iterator[Process]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_life(server: Process, number: int) -> None:
-    assert server.said.startswith("No --model given: the bundled demo writes random letters.\n")
     assert server.request("GET", "/v1/models").status == 401
     models = json.loads(server.request("GET", "/v1/models", key="sesame").read())
     assert [model["id"] for model in models["data"]] == [server.name] == ["mine"]
     answer = json.loads(server.request("POST", "/v1/completions", {"prompt": "x", "max_tokens": 9}, "sesame").read())
-    text = rodimus_mlx.generate(*rodimus_mlx.load(DEMO_FOLDER), "<role>SYSTEM</role>once uponx", max_tokens=9)
+    text = rodimus_mlx.generate(*rodimus_mlx.load(TINY_FOLDER), "<role>SYSTEM</role>once uponx", max_tokens=9)
     assert answer["choices"][0]["text"] == text
 
     body = {"prompt": "x", "max_tokens": 200, "stream": True}
@@ -112,7 +112,7 @@ def test_a_second_signal_does_not_wait(server: Process) -> None:
     ids=" ".join,
 )
 def test_refused(home: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", *arguments]) == 1
+    assert main(["serve", "--model", TINY, *arguments]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"Error: {message}")
 
 
@@ -122,5 +122,6 @@ def test_others_can_reach_it_without_a_key(home: Path) -> None:
         assert process.stderr is not None
         said = [process.stderr.readline() for _ in range(3)]
         process.terminate()
+    assert said[0].startswith("No --model given: the bundled ")
     assert said[1] == "Warning: anyone who reaches 0.0.0.0 may use this server: give --api-key\n"
     assert said[2].startswith("Serving demo at http://0.0.0.0:")

@@ -1,4 +1,4 @@
-"""``rodimus-mlx state`` and ``generate --state``, on the bundled demo."""
+"""``rodimus-mlx state`` and ``generate --state``, on a tiny model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import TINY_FOLDER
 from rodimus_mlx.cli.app import main
 
 import rodimus_mlx
-from rodimus_mlx.loading import DEMO_FOLDER
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -25,7 +25,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     Path("b.txt").write_text("one two four ")
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        status = main(list(arguments))
+        loads = arguments[0] == "generate" or arguments[1:2] == ("make",)
+        status = main([*arguments, *(["--model", str(TINY_FOLDER)] if loads and "--model" not in arguments else [])])
         return (status, *capsys.readouterr())
 
     return run
@@ -56,7 +57,7 @@ def test_from_making_to_deleting(run: Run, tmp_path: Path) -> None:
 
 def test_generate_goes_on_from_it(run: Run) -> None:
     run("state", "make", "kept", "a.txt")
-    expected = rodimus_mlx.generate(*rodimus_mlx.load(DEMO_FOLDER), "one two three four", max_tokens=12)
+    expected = rodimus_mlx.generate(*rodimus_mlx.load(TINY_FOLDER), "one two three four", max_tokens=12)
     for _ in range(2):
         assert run("generate", "four", "--state", "kept", "-n", "12")[1] == expected + "\n"
     run("state", "make", "longer", "--state", "kept", "b.txt")
@@ -73,7 +74,7 @@ def test_a_conversation(run: Run) -> None:
 
 
 def test_another_models_state_is_refused(run: Run, tmp_path: Path) -> None:
-    shutil.copytree(DEMO_FOLDER, "other")
+    shutil.copytree(TINY_FOLDER, "other")
     config = json.loads(Path("other/config.json").read_text())
     Path("other/config.json").write_text(json.dumps(config | {"norm_epsilon": 1e-6}))
     run("state", "make", "kept", "a.txt")

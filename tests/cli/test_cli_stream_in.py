@@ -11,20 +11,21 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import TINY_FOLDER
 
 import rodimus_mlx
-from rodimus_mlx.loading import DEMO_FOLDER
 
 COMMAND = [sys.executable, "-m", "rodimus_mlx.cli.app", "generate", "--stream-in", "-n", "12"]
+TINY = str(TINY_FOLDER)
 TEXT = "def f(x):\n    return x + 1\n" * 300
 
 
-def run(text: bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([*COMMAND, *arguments], input=text, capture_output=True, timeout=120)
+def run(text: bytes, *arguments: str, model: str = TINY) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([*COMMAND, *arguments, "--model", model], input=text, capture_output=True, timeout=120)
 
 
 def text_of(prompt: object) -> str:
-    return rodimus_mlx.generate(*rodimus_mlx.load(DEMO_FOLDER), prompt, max_tokens=12)  # type: ignore[arg-type]
+    return rodimus_mlx.generate(*rodimus_mlx.load(TINY_FOLDER), prompt, max_tokens=12)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("question", ["", "\n# now"])
@@ -35,10 +36,10 @@ def test_equals_reading_at_once(question: str) -> None:
 
 
 def test_in_a_chat(tmp_path: Path) -> None:
-    shutil.copytree(DEMO_FOLDER, tmp_path / "demo-chat")
-    settings = json.loads((DEMO_FOLDER / "tokenizer_config.json").read_text()) | {"is_chat_model": True}
-    (tmp_path / "demo-chat" / "tokenizer_config.json").write_text(json.dumps(settings))
-    result = run(b"one two ", "three?", "--system", "s", "--model", str(tmp_path / "demo-chat"))
+    shutil.copytree(TINY_FOLDER, tmp_path / "tiny-chat")
+    settings = json.loads((TINY_FOLDER / "tokenizer_config.json").read_text()) | {"is_chat_model": True}
+    (tmp_path / "tiny-chat" / "tokenizer_config.json").write_text(json.dumps(settings))
+    result = run(b"one two ", "three?", "--system", "s", model=str(tmp_path / "tiny-chat"))
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "one two three?"}]
     assert result.stdout.decode() == text_of(messages) + "\n"
 
@@ -55,7 +56,9 @@ def test_refused(text: bytes, message: str) -> None:
 
 
 def test_ctrl_c_ends_the_input_and_gets_the_answer() -> None:
-    with subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [*COMMAND, "--model", TINY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdin is not None
         process.stdin.write(TEXT.encode())
         process.stdin.flush()

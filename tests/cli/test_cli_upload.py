@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers import TINY_FOLDER
 from upload_server import TOKEN, UploadHub, serve_uploads
-
-from rodimus_mlx.loading import DEMO_FOLDER
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -35,7 +34,7 @@ def convert(hub: UploadHub, tmp_path: Path) -> Run:
         }
         code = "import sys; from rodimus_mlx.cli.app import main; sys.exit(main())"
         return subprocess.run(
-            [sys.executable, "-c", code, "convert", str(DEMO_FOLDER), "out", *options, "--upload", repo],
+            [sys.executable, "-c", code, "convert", str(TINY_FOLDER), "out", *options, "--upload", repo],
             env={**kept, **own, **environment},
             capture_output=True,
             text=True,

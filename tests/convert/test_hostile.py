@@ -16,12 +16,13 @@ import zipfile
 
 import mlx.core as mx
 import pytest
+from helpers import TINY_FOLDER
 from rodimus_mlx.cli.app import main
 from rodimus_mlx.convert.convert import convert
 from rodimus_mlx.convert.schemes import Scheme
 from synthetic import ARCHITECTURES, View, random_tensors, state_dict_pickle, write_checkpoint
 
-from rodimus_mlx.loading import DEMO_FOLDER, load_model
+from rodimus_mlx.loading import load_model
 
 CASES = 18  # of each kind
 SECONDS = 60  # far beyond what a case takes; the alarm ends a hang
@@ -41,7 +42,7 @@ def write_source(folder, container):
         return
     write_checkpoint(folder, CONFIG, random_tensors(CONFIG, "float32"), container)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(DEMO_FOLDER / name, folder)
+        shutil.copy(TINY_FOLDER / name, folder)
 
 
 # Mutations: each changes a folder in place, by a random generator of its own.

@@ -6,13 +6,12 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import random_model, tiny_config
+from helpers import TINY_FOLDER, random_model, tiny_config
 
 from rodimus_mlx.errors import RodimusError
 from rodimus_mlx.evaluation import perplexity as module
 from rodimus_mlx.evaluation.perplexity import perplexity
 from rodimus_mlx.evaluation.text import batches, read_documents, windows
-from rodimus_mlx.loading import DEMO_FOLDER
 from rodimus_mlx.tokenizer import load_tokenizer
 
 ROUNDING = 1e-5  # of float32 losses of a few nats
@@ -25,7 +24,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(DEMO_FOLDER)
+    return load_tokenizer(TINY_FOLDER)
 
 
 @pytest.fixture

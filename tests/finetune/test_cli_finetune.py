@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from helpers import TINY_FOLDER
 from rodimus_mlx.cli.app import main
 
-from rodimus_mlx.loading import DEMO_FOLDER, load
+from rodimus_mlx.loading import load
 
 RECORDS = [{"text": f"x = {i} + {i}\n"} for i in range(12)]
 
@@ -28,7 +29,7 @@ def finetune(model, data, out, *more):
 
 def test_from_random_weights_to_a_fused_model(tmp_path, data, capsys):
     blank, out, fused = (tmp_path / name for name in ("blank", "adapter", "fused"))
-    assert main(["init", str(DEMO_FOLDER), str(blank), "--seed", "3"]) == 0
+    assert main(["init", str(TINY_FOLDER), str(blank), "--seed", "3"]) == 0
     assert "parameters" in capsys.readouterr().out
     choices = ["--method", "full", "--learning-rate", "1e-3", "--packing", "--seq-len", "64", "--batch-size", "1"]
     assert finetune(blank, data, out, *choices) == 0
@@ -47,7 +48,7 @@ def test_from_random_weights_to_a_fused_model(tmp_path, data, capsys):
 def test_a_config_file_whose_options_the_command_line_overrides(tmp_path, data, capsys):
     config = tmp_path / "run.yaml"
     config.write_text(
-        f"model: {DEMO_FOLDER}\ndata: {data}\nout: {tmp_path / 'out'}\niters: 3\nlora_parameters: {{rank: 2}}\n"
+        f"model: {TINY_FOLDER}\ndata: {data}\nout: {tmp_path / 'out'}\niters: 3\nlora_parameters: {{rank: 2}}\n"
     )
     assert main(["finetune", "--config", str(config), "--iters", "1", "--seq-len", "64"]) == 0
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["settings"]
@@ -55,10 +56,10 @@ def test_a_config_file_whose_options_the_command_line_overrides(tmp_path, data, 
 
 
 def test_resuming_a_run_that_is_done(tmp_path, data, capsys):
-    assert finetune(DEMO_FOLDER, data, tmp_path / "out") == 0
+    assert finetune(TINY_FOLDER, data, tmp_path / "out") == 0
     weights = (tmp_path / "out" / "adapters.safetensors").read_bytes()
     capsys.readouterr()
-    assert finetune(DEMO_FOLDER, data, tmp_path / "out", "--resume") == 0
+    assert finetune(TINY_FOLDER, data, tmp_path / "out", "--resume") == 0
     assert "goes on after step 4" in capsys.readouterr().err
     assert (tmp_path / "out" / "adapters.safetensors").read_bytes() == weights
 
@@ -76,7 +77,7 @@ def test_resuming_a_run_that_is_done(tmp_path, data, capsys):
     ids=" ".join,
 )
 def test_errors_are_one_line_and_leave_nothing(arguments, message, tmp_path, data, capsys):
-    assert finetune(DEMO_FOLDER, data, tmp_path / "out", *arguments) == 1
+    assert finetune(TINY_FOLDER, data, tmp_path / "out", *arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith("Error: ") and error.count("\n") == 1
     assert message in error
@@ -90,15 +91,15 @@ def test_a_place_that_is_missing(capsys):
 
 def test_an_output_folder_with_something_in_it(tmp_path, data, capsys):
     (tmp_path / "notes.txt").write_text("mine")
-    assert finetune(DEMO_FOLDER, data, tmp_path) == 1
+    assert finetune(TINY_FOLDER, data, tmp_path) == 1
     assert "is not empty; --resume goes on with its run" in capsys.readouterr().err
-    assert finetune(DEMO_FOLDER, data, tmp_path / "notes.txt") == 1
+    assert finetune(TINY_FOLDER, data, tmp_path / "notes.txt") == 1
     assert "--out must be a folder" in capsys.readouterr().err
 
 
 def test_a_tokenizer_too_large_for_the_config(tmp_path, capsys):
-    config = json.loads((DEMO_FOLDER / "config.json").read_text())
+    config = json.loads((TINY_FOLDER / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 200}))
-    assert main(["init", str(tmp_path / "config.json"), str(tmp_path / "out"), "--tokenizer", str(DEMO_FOLDER)]) == 1
+    assert main(["init", str(tmp_path / "config.json"), str(tmp_path / "out"), "--tokenizer", str(TINY_FOLDER)]) == 1
     assert "vocab_size is 200, but the tokenizer has 262 entries" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

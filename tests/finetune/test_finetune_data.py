@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import TINY_FOLDER
 
 from rodimus_mlx.errors import RodimusError, RodimusWarning
 from rodimus_mlx.finetune.data import fit, load_data, sample, tokenize
-from rodimus_mlx.loading import DEMO_FOLDER
 from rodimus_mlx.tokenizer import load_tokenizer
 
 TEXT = {"text": "def f(): pass"}
@@ -21,7 +21,7 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "c
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(DEMO_FOLDER)
+    return load_tokenizer(TINY_FOLDER)
 
 
 def write(folder, *lines, name="train.jsonl"):

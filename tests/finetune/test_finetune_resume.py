@@ -12,6 +12,7 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers import TINY_FOLDER
 from training import losses_of, random_samples, small_model
 
 from rodimus_mlx.errors import RodimusError
@@ -19,7 +20,6 @@ from rodimus_mlx.finetune import checkpoint
 from rodimus_mlx.finetune.report import metrics_writer
 from rodimus_mlx.finetune.settings import Settings
 from rodimus_mlx.finetune.trainer import _key, train
-from rodimus_mlx.loading import DEMO_FOLDER
 
 KILLS = 5
 RUNS = {
@@ -74,7 +74,7 @@ def test_killed_at_any_step_it_goes_on_exactly(tmp_path):
     for split, count in (("train", 40), ("valid", 6)):
         lines = [json.dumps({"text": " ".join(draw.choices(words, k=draw.randrange(4, 16)))}) for _ in range(count)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
-    command = [sys.executable, "-m", "rodimus_mlx.cli.app", "finetune", "--model", str(DEMO_FOLDER)]
+    command = [sys.executable, "-m", "rodimus_mlx.cli.app", "finetune", "--model", str(TINY_FOLDER)]
     command += [
         "--data",
         str(tmp_path),

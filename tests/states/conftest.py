@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import TINY_FOLDER
 from talker import talker as make_talker
 
 import rodimus_mlx
-from rodimus_mlx.loading import DEMO_FOLDER
 
 
 @pytest.fixture(scope="session")
-def demo() -> tuple[Any, Any]:
-    return rodimus_mlx.load(DEMO_FOLDER)
+def tiny() -> tuple[Any, Any]:
+    return rodimus_mlx.load(TINY_FOLDER)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,3 @@
+from rodimus_mlx.model import Model, ModelArgs
+
+__all__ = ["Model", "ModelArgs"]
