@@ -80,7 +80,8 @@ def conv_gate(
     before x; weight [D, K], whose last tap meets the current token; bias [D]. x [B, T, D] once more, to take gradients
     with respect to it; None: the result has none.
 
-    Returns: c [B, T, D] in the type of x, v [B, T, D] in float32, and the next tail [B, K - 1, D].
+    Returns: c [B, T, D] in the type of x; v [B, T, D] in float32, or where a kernel's gradient is wanted, for which
+    it is kept, in the type of x; and the next tail [B, K - 1, D].
     """
     backend = _backend(u)
     if backend is None:
@@ -92,7 +93,7 @@ def conv_gate(
     def function(
         x: mx.array, u: mx.array, value_bias: mx.array, tail: mx.array, weight: mx.array, bias: mx.array
     ) -> tuple[mx.array, mx.array]:
-        return launchers.conv_gate(xz, u, value_bias, tail, weight, bias, marks, backend)[:2]
+        return launchers.conv_gate(xz, u, value_bias, tail, weight, bias, marks, backend, values=x.dtype)[:2]
 
     @function.vjp
     def gradient(primals: Any, cotangents: Any, _: Any) -> tuple[mx.array, ...]:

@@ -79,14 +79,15 @@ def selective_recurrence(
         marks: [B, T] uint8; padding leaves the state, a document's start forgets it
 
     Returns:
-        o [B, T, D] and the state after the last token [B, n, D], both in float32.
+        o [B, T, D], in the type of v where kernels run, since it is kept for the gradient, else in float32; and the
+        state after the last token [B, n, D] in float32.
     """
     if state is None:
         state = mx.zeros((v.shape[0], gate_bias.shape[0] // 2, v.shape[2]), mx.float32)
     backend = active_backend()
     if backend is None:
         return _plain(qkgt, gate_bias, v, state, norm_floor=norm_floor, marks=marks)
-    return _with_kernels(norm_floor, marks, backend)(qkgt, gate_bias, v.astype(mx.float32), state)
+    return _with_kernels(norm_floor, marks, backend)(qkgt, gate_bias, v, state)
 
 
 def mix(
@@ -168,7 +169,7 @@ def _with_kernels(norm_floor: float, marks: mx.array | None, backend: Backend) -
 
     def chunks(qkgt: mx.array, gate_bias: mx.array, v: mx.array, state: mx.array, chunk: int) -> tuple[mx.array, ...]:
         a, q, k, total = launchers.prepare(qkgt, gate_bias, norm_floor, marks, chunk, backend)
-        values = _in_chunks(v, chunk)  # [B, N, C, D]
+        values = _in_chunks(v.astype(mx.float32), chunk)  # [B, N, C, D]
         before, after = launchers.scan(k.swapaxes(2, 3) @ values, total, state, backend)
         return a, q, k, total, values, before, after
 
@@ -177,14 +178,16 @@ def _with_kernels(norm_floor: float, marks: mx.array | None, backend: Backend) -
         chunk = launchers.chunk_size(v.shape[1], state.shape[1])
         a, q, _, _, values, before, after = chunks(qkgt, gate_bias, v, state, chunk)
         o = mx.addmm(a @ values, q, before)
-        return _out_of_chunks(o, v.shape[1]), after
+        return _out_of_chunks(o, v.shape[1]).astype(v.dtype), after
 
     @function.vjp
     def gradient(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple[mx.array, ...]:
         qkgt, gate_bias, v, state = primals
+        # not before the backward pass: mx.compile would share the float32 copy with the forward pass and keep it
+        (v,) = mx.depends([v], [cotangents[0]])
         chunk = launchers.tile_size(state.shape[1])
         a, q, k, total, values, before, *_ = chunks(qkgt, gate_bias, v, state, chunk)
-        d_o, d_after = _in_chunks(cotangents[0], chunk), cotangents[1]
+        d_o, d_after = _in_chunks(cotangents[0].astype(mx.float32), chunk), cotangents[1]
         d_written, d_total, d_state = launchers.scan_backward(q.swapaxes(2, 3) @ d_o, before, total, d_after, backend)
         d_qkgt = launchers.prepare_backward(
             qkgt,
@@ -202,7 +205,7 @@ def _with_kernels(norm_floor: float, marks: mx.array | None, backend: Backend) -
         return (
             d_qkgt.astype(qkgt.dtype),
             d_bias.astype(gate_bias.dtype),
-            _out_of_chunks(d_v, v.shape[1]),
+            _out_of_chunks(d_v, v.shape[1]).astype(v.dtype),
             d_state,
         )
 

@@ -94,8 +94,9 @@ def conv_gate(
     bias: mx.array,
     marks: mx.array | None,
     backend: Backend,
+    values: mx.Dtype = mx.float32,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """xz [B, T, 2D], u [B, T, D], tail [B, K-1, D], weight [D, K], biases [D] -> c, float32 v, next tail."""
+    """xz [B, T, 2D], u [B, T, D], tail [B, K-1, D], weight [D, K], biases [D] -> c, v of type `values`, next tail."""
     batch, length, inner = u.shape
     taps = weight.shape[1]
     block = 1 if length < CONV_BLOCK else CONV_BLOCK
@@ -105,7 +106,7 @@ def conv_gate(
         groups=(_ceil(inner // 4, threads), _ceil(length, block), batch),
         threads=threads,
         output_shapes=[u.shape, u.shape, tail.shape],
-        output_dtypes=[xz.dtype, mx.float32, xz.dtype],
+        output_dtypes=[xz.dtype, values, xz.dtype],
         template={"D": inner, "K": taps, "BLOCK": block, "MARKS": marks is not None},
         backend=backend,
     )
