@@ -79,8 +79,7 @@ def selective_recurrence(
         marks: [B, T] uint8; padding leaves the state, a document's start forgets it
 
     Returns:
-        o [B, T, D], in the type of v where kernels run, since it is kept for the gradient, else in float32; and the
-        state after the last token [B, n, D] in float32.
+        o [B, T, D] in the type of v, and the state after the last token [B, n, D] in float32.
     """
     if state is None:
         state = mx.zeros((v.shape[0], gate_bias.shape[0] // 2, v.shape[2]), mx.float32)
@@ -153,7 +152,6 @@ def _plain(
     marks: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
     q, k, log_decay = gates(qkgt, gate_bias, norm_floor)
-    v = v.astype(mx.float32)
     if marks is None:
         return recurrence(q, k, v, log_decay, state)
     log_decay = mx.where((marks == START)[..., None], FORGET, log_decay)

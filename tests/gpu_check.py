@@ -19,7 +19,7 @@ from typing import NamedTuple
 os.environ["MLX_ENABLE_TF32"] = "0"  # before MLX: else plain MLX's float32 products have TF32's 10 bits
 
 import mlx.core as mx
-from metal.comparisons import CASES, DECAY_SIZES, DECAYS, FLOAT64, MODELS, SIZES, STATE, model_errors
+from metal.comparisons import CASES, DECAY_SIZES, DECAYS, FLOAT64, SIZES, STATE, model_bound, model_errors
 
 from rodimus_mlx.kernels.backend import Wish
 from rodimus_mlx.kernels.check import DTYPES, compare_all, recurrence_errors
@@ -58,7 +58,11 @@ def comparisons(backend: Wish, quick: bool) -> Iterator[tuple[str, mx.Dtype, lis
         for case in QUICK_CASES if quick else CASES:
             for dtype in dtypes[:1] if quick else dtypes:
                 errors = model_errors(case, block_type, dtype, backend)
-                yield f"{block_type}, {case}", dtype, [Error(name, e, MODELS[dtype]) for name, e in errors.items()]
+                yield (
+                    f"{block_type}, {case}",
+                    dtype,
+                    [Error(name, e, model_bound(case, dtype)) for name, e in errors.items()],
+                )
 
 
 def check(backend: Wish = "auto", quick: bool = False) -> bool:

@@ -84,11 +84,11 @@ def recurrence_errors(
     strength: decays lie between almost none, exp(-softplus(-8)), and about exp(-strength) a token.
     """
     qkgt, bias, v, state = _recurrence_inputs(sizes, dtype, strength)
-    cotangent_o, cotangent_s = _normal(*v.shape), _normal(*state.shape)
+    cotangent_o, cotangent_s = _normal(*v.shape).astype(dtype), _normal(*state.shape)
 
     def loss(run: Callable[..., tuple[mx.array, mx.array]], *inputs: mx.array) -> mx.array:
         o, s = run(*inputs)
-        return (o * cotangent_o.astype(o.dtype)).sum() + (s * cotangent_s.astype(o.dtype)).sum()
+        return (o * cotangent_o.astype(o.dtype)).sum() + (s * cotangent_s.astype(s.dtype)).sum()
 
     def reference(qkgt: mx.array, bias: mx.array, v: mx.array, state: mx.array) -> tuple[mx.array, mx.array]:
         return sequential_recurrence(*_gates64(qkgt, bias, v), state)

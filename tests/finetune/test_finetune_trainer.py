@@ -215,6 +215,13 @@ def test_lines_for_people():
         assert part in text
 
 
+def test_the_last_line_without_validation():
+    lines = []
+    settings = Settings(**LEARN, iters=2)
+    train(small_model(), counting(), settings, observers=[lambda e: lines.extend(describe(e))])
+    assert lines[-1] == "done after 2 steps"
+
+
 def test_the_plot_is_optional(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert not plot(tmp_path / "metrics.jsonl", tmp_path / "loss.png")

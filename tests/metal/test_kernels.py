@@ -7,7 +7,7 @@ from rodimus_mlx.kernels import launchers
 from rodimus_mlx.kernels.check import DTYPES, Sizes, compare_all, recurrence_errors
 from rodimus_mlx.kernels.launch import Kernel
 
-from .comparisons import CASES, DECAY_SIZES, DECAYS, FLOAT64, MODELS, SIZES, STATE, model_errors
+from .comparisons import CASES, DECAY_SIZES, DECAYS, FLOAT64, SIZES, STATE, model_bound, model_errors
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).rpartition(".")[2])
 
@@ -47,4 +47,4 @@ def test_recurrence_and_gradients_against_float64(decay, dtype):
 @pytest.mark.usefixtures("metal")
 def test_models_equal_plain_mlx(block_type, case, dtype):
     errors = model_errors(case, block_type, dtype, "metal")
-    assert {name: error for name, error in errors.items() if not error <= MODELS[dtype]} == {}
+    assert {name: error for name, error in errors.items() if not error <= model_bound(case, dtype)} == {}
