@@ -1,4 +1,4 @@
-# make demo: text from the bundled checkpoint.  make test: the tests.  Both make a virtual environment first.
+# make demo: Python from the bundled model.  make test: the tests.  Both make a virtual environment first.
 #   EXTRA=cuda13 make demo    on Linux with an NVIDIA GPU (cuda12 for older drivers)
 #   VENV=... PYTHON=...       another place, another Python
 
@@ -11,7 +11,7 @@ comma := ,
 
 .PHONY: demo test lint
 demo: $(VENV)/demo.stamp
-	$(BIN)/rodimus-mlx generate "def fibonacci(n):" --max-tokens 100
+	printf 'class Person:\n    def __init__(self, name, age):\n' | $(BIN)/rodimus-mlx generate --temp 0.3 --max-tokens 100
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n auto
