@@ -33,9 +33,7 @@ def _no_empty_text(texts: list[str] | None) -> list[str] | None:
 
 Model = Annotated[
     str | None,
-    typer.Option(
-        "--model", "-m", metavar="MODEL", help="Folder or Hugging Face id.  [default: the bundled one]"
-    ),
+    typer.Option("--model", "-m", metavar="MODEL", help="Folder or Hugging Face id.  [default: bundled]"),
 ]
 ChatModel = Annotated[
     str | None,
