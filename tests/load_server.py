@@ -154,11 +154,11 @@ def resident(pid: int) -> int:
     return int(text) * 1024
 
 
-def load(model: str | None, clients: int, seconds: float, tokens: int = 24) -> dict[str, Any]:
+def load(model: str, clients: int, seconds: float, tokens: int = 24) -> dict[str, Any]:
     """Start a server, put the load on it, end it; returns the figures."""
     import rodimus_mlx
 
-    loaded = rodimus_mlx.load(model or TINY_FOLDER)
+    loaded = rodimus_mlx.load(model)
     expected = [rodimus_mlx.generate(*loaded, prompt, max_tokens=tokens) for prompt in PROMPTS]
     options = [
         "--port",
@@ -170,7 +170,7 @@ def load(model: str | None, clients: int, seconds: float, tokens: int = 24) -> d
         "--max-prompt",
         str(MOST),
     ]  # who left counts until that is noticed
-    options += ["--max-body", "0.2", "--cache", "0.02", *(["--model", model] if model else [])]
+    options += ["--max-body", "0.2", "--cache", "0.02", "--model", model]
     command = [sys.executable, "-m", "rodimus_mlx.cli.app", "serve", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
@@ -213,7 +213,7 @@ def load(model: str | None, clients: int, seconds: float, tokens: int = 24) -> d
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
+    parser.add_argument("--model", default=str(TINY_FOLDER))
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--tokens", type=int, default=24)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from api_client import Client
+from helpers import TINY_FOLDER
 from load_server import load
 from talker import talker
 
@@ -116,7 +117,7 @@ class TestCurl:
 
 
 def test_a_little_load() -> None:
-    figures = load(None, clients=6, seconds=4, tokens=12)
+    figures = load(str(TINY_FOLDER), clients=6, seconds=4, tokens=12)
     assert figures["wrong"] == []
     assert figures["alive to the end"] and figures["status"] == 0 and figures["log"] == []
     assert figures["requests"]["whole"] > 0
