@@ -32,7 +32,9 @@ def describe(event: Event) -> list[str]:
         return [f"step {event['step']}: saved {event['folder']}"]
     if kind == "end":
         early = ", early: no better validation loss" if event["stopped_early"] else ""
-        best = f"; best validation loss {event['best_loss']:.4f} at step {event['best_step']}" if event["best_step"] else ""
+        best = ""
+        if event["best_step"]:
+            best = f"; best validation loss {event['best_loss']:.4f} at step {event['best_step']}"
         return [f"done after {event['steps']} steps{early}{best}"]
     return []
 

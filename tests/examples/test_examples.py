@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import make_demo
+import make_tiny
 import pytest
 
 from rodimus_mlx import generate, load
@@ -24,7 +24,7 @@ STYLE_RULES = runpy.run_path(str(STYLE / "style.py"))
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model, however large the bundled one is."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    make_demo.make(folder)
+    make_tiny.make(folder)
     return folder
 
 
