@@ -132,7 +132,8 @@ class TestBundled:
 
     def test_end_of_text_ends(self, bundled: tuple[Any, Any]) -> None:
         _, tokenizer = bundled
-        assert tokenizer.eos_token_ids == {tokenizer.convert_tokens_to_ids("<|endoftext|>")}
+        ends = ("<|endoftext|>", "<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>", "<|fim_pad|>")
+        assert tokenizer.eos_token_ids == {tokenizer.convert_tokens_to_ids(end) for end in ends}
 
     def test_computes_in_float32(self, bundled: tuple[Any, Any]) -> None:
         # without a GPU MLX is six times slower in bfloat16
