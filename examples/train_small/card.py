@@ -83,7 +83,7 @@ def title(config: dict[str, Any], count: int) -> str:
         f"A {kind} language model of {count:,} parameters ({shape}) that completes Python code. It was trained from",
         "scratch by rodimus-mlx; `examples/train_small` there makes it again: data, tokenizer, training, measures.",
     )
-    command = '```sh\nrodimus-mlx generate "def fibonacci(n):"\n```'
+    command = '```sh\nrodimus-mlx generate --temp 0.3 "class Person:"\n```'
     return f"\n# {kind} {count / 1e6:.1f}M for Python\n\n{text}\n\n{command}\n"
 
 

@@ -43,7 +43,7 @@ def main() -> None:
     duration.add_argument("--minutes", type=float)
     duration.add_argument("--steps", type=int)
     parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--batch-size", type=int, default=32, help="rows of --seq-len tokens")
+    parser.add_argument("--batch-size", type=int, default=16, help="rows of --seq-len tokens")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--seed", type=int, default=0)
