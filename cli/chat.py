@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ..chat import Chat, Turn
     from ..states import State
 
-CHAT_MODEL = "codefuse-ai/Rodimus-Plus-Coder-1.6B-Chat"
 EXAMPLE = "  rodimus-mlx chat --model coder-1.6b-chat --save my-talk"
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could change the terminal rather than be read
@@ -48,7 +47,7 @@ def run(
     End a line with a backslash to go on in the next.
     """
     if model is None:
-        raise RodimusError(f"the bundled model completes Python and does not chat: give --model, say {CHAT_MODEL}")
+        raise RodimusError(options.NO_CHAT)
 
     import mlx.core as mx
     from mlx_lm.sample_utils import make_logits_processors, make_sampler

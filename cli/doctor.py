@@ -41,7 +41,7 @@ def run(
     if as_json:
         print(json.dumps(report.to_dict()))
     else:
-        _show(report, model or "the bundled demo")
+        _show(report, model or "the bundled model")
     if not report.passed:
         raise typer.Exit(EXIT_ERROR)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = """\
   rodimus-mlx generate 'def quicksort(a):' --max-tokens 100 --temp 0.2
-  rodimus-mlx generate --fim-prefix 'def mean(a):' --fim-suffix 'return total'"""
+  rodimus-mlx generate -m coder --fim-prefix 'def f(x):' --fim-suffix 'return'"""
 
 
 def run(
@@ -70,6 +70,8 @@ def run(
     if fills:
         _refuse_beside_fim(PROMPT=prompt is not None, chat=chat, system=system is not None, stream_in=stream_in)
         chat = False
+    elif model is None and (chat or system is not None):
+        raise RodimusError(options.NO_CHAT)
     text = "" if stream_in or fills else _read_prompt(prompt)
 
     import mlx.core as mx

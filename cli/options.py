@@ -108,6 +108,10 @@ State = Annotated[
 ]
 
 
+CHAT_MODEL = "codefuse-ai/Rodimus-Plus-Coder-1.6B-Chat"
+NO_CHAT = f"the bundled model completes Python and does not chat: give --model, say {CHAT_MODEL}"
+
+
 def model_or_bundled(model: str | None) -> str:
     """--model, or the folder of the bundled model and a word about it on standard error."""
     from ..loading import DEMO_FOLDER

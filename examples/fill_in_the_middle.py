@@ -2,7 +2,7 @@
 
     python fill_in_the_middle.py [MODEL]
 
-MODEL must know how: the bundled model and the released coders do. The same on the command line:
+MODEL must know how: the released coders do; the bundled model knows the marks but fills poorly. On the command line:
 rodimus-mlx generate --fim-prefix 'def mean(numbers):' --fim-suffix '    return total / count'
 """
 

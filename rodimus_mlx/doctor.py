@@ -148,7 +148,7 @@ def _devices(model: Any, tokens: list[int]) -> tuple[bool | None, str]:
     if _on_cpu():
         return None, "there is no GPU"
     if parameter_bytes(model) > _MOST_ON_CPU:
-        return None, "this model is too large to run on the CPU too; the bundled demo is not"
+        return None, "this model is too large to run on the CPU too; the bundled model is not"
     on_gpu = model(mx.array([tokens]))
     mx.eval(on_gpu)
     with use_backend("plain"), mx.stream(mx.cpu):

@@ -77,8 +77,8 @@ def conv_gate(
     The convolution is causal, one filter a feature; no tap reaches beyond the start of a document, and padding is 0.
 
     Shapes: xz [B, T, 2D], of which x is the first half; u [B, T, D]; value_bias [D]; tail [B, K - 1, D], the inputs
-    before x; weight [D, K], whose last tap meets the current token; bias [D]. x [B, T, D] once more, to take gradients
-    with respect to it; None: the result has none.
+    before x; weight [D, K], whose last tap meets the current token; bias [D]. x [B, T, D], just that half once more, to
+    take gradients with respect to it; None: the result has none.
 
     Returns: c [B, T, D] in the type of x; v [B, T, D] in float32, or where a kernel's gradient is wanted, for which
     it is kept, in the type of x; and the next tail [B, K - 1, D].
@@ -115,7 +115,7 @@ def gate_norm(
     """rmsnorm((o + residual_weight * c) * silu(z)) in the type of c: the gate first, then the norm.
 
     Shapes: o and c [B, T, D]; xz [B, T, 2D], of which z is the second half; residual_weight and weight [D].
-    z [B, T, D] once more, to take gradients with respect to it; None: the result has none.
+    z [B, T, D], just that half once more, to take gradients with respect to it; None: the result has none.
     """
     backend = _backend(c)
     if backend is None:
@@ -230,9 +230,10 @@ def _conv_gate_gradient(
     *,
     marks: mx.array | None,
 ) -> tuple[mx.array, ...]:
-    """Of `_conv_gate`'s c and v with respect to the first six, the convolution's by itself turned round in time.
+    """The gradients of `_conv_gate`'s c and v in its first six arguments.
 
-    What nobody asks for, like the gradients of frozen filters, is never computed.
+    The convolution's is a convolution, reversed in time. MLX computes none that nobody asks for, like those of frozen
+    filters.
     """
     taps, length = weight.shape[1], x.shape[1]
     x = _without_padding(x, marks)

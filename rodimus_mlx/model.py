@@ -183,7 +183,8 @@ class RodimusModel(nn.Module):
         h = self._embed(tokens)
         masks = Masks(tokens.shape[1], mask, documents, cache)
         delta = None
-        eager = cache is not None and not self.training and tokens.shape[1] >= PROMPT_STEP and active_backend()
+        on_gpu = active_backend() is not None
+        eager = on_gpu and cache is not None and not self.training and tokens.shape[1] >= PROMPT_STEP
         for i, (layer, layer_cache) in enumerate(zip(self.layers, cache or [None] * len(self.layers)), 1):
             h, delta = layer(h, delta, masks, layer_cache)
             if eager and i % EAGER_LAYERS == 0:
@@ -278,7 +279,7 @@ class Model(nn.Module):
 
 def _start_computing(*arrays: mx.array) -> None:
     """Let the GPU work on arrays while the host goes on building; not where a transformation traces the call."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError):  # what else goes wrong comes up again where the result is used
         mx.async_eval(*arrays)
 
 

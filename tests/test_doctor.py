@@ -134,7 +134,7 @@ class TestCommand:
         assert main(["doctor"]) == 0
         out, error = capsys.readouterr()
         assert error == ""
-        for line in ("Versions", "Machine", "Checks, with the bundled demo", "  bandwidth       100.0 GB/s"):
+        for line in ("Versions", "Machine", "Checks, with the bundled model", "  bandwidth       100.0 GB/s"):
             assert line in out.splitlines()
         assert "  ok   decode = prefill " in out
         assert "  -    GPU = CPU                       there is no GPU\n" in out

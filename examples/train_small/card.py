@@ -32,10 +32,10 @@ tags:
 """
 LIMITS = (
     "It is small: it knows Python's shape, its standard library's and common packages' names and habits, and little "
-    "else. What it writes often does something other than its name says, and calls what does not exist. It has seen "
-    "little English outside of docstrings and comments, no other programming language, and no conversation; it follows "
-    "no instructions. It may repeat passages of its training text, whose licences ask for their notices. It is for "
-    "trying commands and for measuring, not for work."
+    "else. What it writes often does something other than its name says, and calls what does not exist. It knows the "
+    "marks for filling in the middle but fills poorly. It has seen little English outside of docstrings and comments, "
+    "no other programming language, and no conversation; it follows no instructions. It may repeat passages of its "
+    "training text, whose licences ask for their notices. It is for trying commands and for measuring, not for work."
 )
 LICENCE = (
     "Apache-2.0, as the code that made it. The training text is others', under the licences above; it is not part of "
@@ -89,7 +89,11 @@ def title(config: dict[str, Any], count: int) -> str:
 
 def quantized(bits: int | None) -> str:
     """How the weights are kept."""
-    return "" if bits is None else f"\nThe weights here are quantized to {bits} bits; they were trained as below.\n"
+    return (
+        ""
+        if bits is None
+        else f"\nThe weights here are quantized to {bits} bits; they were trained, and measured, before that.\n"
+    )
 
 
 def data(sources: list[dict[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 //
 // Inputs   xz [B, T, 2D]: x | z     u [B, T, D]   value_bias [D]   tail [B, K - 1, D]: the inputs before x
 //          weight [D, K]   bias [D]   marks [B, T] uint8 (with MARKS): 0 padding, 1 token, 2 first of a document
-// Outputs  c [B, T, D] and next_tail [B, K - 1, D] of x's type   v [B, T, D] float
+// Outputs  c [B, T, D] and next_tail [B, K - 1, D] of x's type   v [B, T, D] float, or x's type in training
 // Template D: a multiple of 4   K: taps   BLOCK: tokens a thread   MARKS
 // Grid     (D / 4 / threads, T / BLOCK, B), rounded up; one thread four features
 

@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import RodimusError
+from ..fim import MARKS
 from ..states.fingerprint import fingerprint
 from ..version import __version__
 from .errors import ApiError
@@ -97,7 +98,9 @@ class Server(ThreadingHTTPServer):
         except OSError as error:
             raise RodimusError(f"cannot listen at {host} port {port}: {error.strerror or error}") from error
         settings = _mlx_settings(allowed_origins, sampling or {})
-        prompt_cache = PromptCache(_KEPT_PROMPTS, self.limits.cache_bytes, set(tokenizer.eos_token_ids))
+        # of end tokens, marks for filling in stand in prompts too
+        ends = set(tokenizer.eos_token_ids) - {tokenizer.convert_tokens_to_ids(mark) for mark in MARKS}
+        prompt_cache = PromptCache(_KEPT_PROMPTS, self.limits.cache_bytes, ends)
         self.generator = Generator(OneModel(settings, model, tokenizer), prompt_cache, self.limits.prompt_tokens)
         self.RequestHandlerClass = functools.partial(  # type: ignore[assignment]
             Handler, self.generator, system_fingerprint=f"rodimus-mlx-{__version__}"
