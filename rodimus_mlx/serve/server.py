@@ -99,7 +99,8 @@ class Server(ThreadingHTTPServer):
             raise RodimusError(f"cannot listen at {host} port {port}: {error.strerror or error}") from error
         settings = _mlx_settings(allowed_origins, sampling or {})
         # of end tokens, marks for filling in stand in prompts too
-        ends = set(tokenizer.eos_token_ids) - {tokenizer.convert_tokens_to_ids(mark) for mark in MARKS}
+        vocab = tokenizer.get_vocab()
+        ends = set(tokenizer.eos_token_ids) - {vocab[mark] for mark in MARKS if mark in vocab}
         prompt_cache = PromptCache(_KEPT_PROMPTS, self.limits.cache_bytes, ends)
         self.generator = Generator(OneModel(settings, model, tokenizer), prompt_cache, self.limits.prompt_tokens)
         self.RequestHandlerClass = functools.partial(  # type: ignore[assignment]
