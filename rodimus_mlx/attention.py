@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -106,13 +107,13 @@ class SharedKeyAttention(nn.Module):
         batch, length, _ = x.shape
         num_heads, num_k, _ = self.heads
         qkv = self.qkv_proj(x)
-        qk, v = self._split(qkv, (num_heads + num_k) * self.head_dim, -1)
+        qk, v = split(qkv, (num_heads + num_k) * self.head_dim, -1, self.training)
         qk = qk.reshape(batch, length, num_heads + num_k, self.head_dim).swapaxes(1, 2)
         if self.rope_dims:
             qk = mx.fast.rope(
                 qk, self.rope_dims, traditional=False, base=self.rope_base, scale=1.0, offset=offset
             )  # [B, H + Hk, T, head]
-        q, k = self._split(qk, num_heads, 1)
+        q, k = split(qk, num_heads, 1, self.training)
         k, v = self._fold(k), v[:, None]
         if length > 1:  # a cache that keeps a view keeps all that it is a view of
             k, v = mx.contiguous(k), mx.contiguous(v)
@@ -139,12 +140,6 @@ class SharedKeyAttention(nn.Module):
         if full or (length == 1 and cache is not None):
             return self._attention(q, *self._heads(k, v), None if masks is None else masks.single)
         return self._banded_attention(q, k, v, masks or AttentionMasks(), starts)
-
-    def _split(self, x: mx.array, at: int, axis: int) -> tuple[mx.array, mx.array]:
-        """The first `at` along an axis and the rest."""
-        if self.training:
-            return split(x, at, axis)
-        return (x[:, :at], x[:, at:]) if axis == 1 else (x[..., :at], x[..., at:])
 
     def _fold(self, x: mx.array) -> mx.array:
         """[B, heads, T, head] -> [B, 1, T, heads * head]."""
@@ -185,18 +180,14 @@ class SharedKeyAttention(nn.Module):
         keys = [(max(0, past + begin - window + 1), past + end) for begin, end in queries]  # that these queries see
         outputs = []
         heads_k, heads_v = self._heads(k, v)
-        cuts = (self._cut(q, queries), self._cut(heads_k, keys), self._cut(heads_v, keys))
-        for i, each in enumerate(zip(*cuts)):
+        cut = partial(windows, axis=2, differentiable=self.training)
+        for i, each in enumerate(zip(cut(q, queries), cut(heads_k, keys), cut(heads_v, keys))):
             mask = masks.block(queries[i], keys[i], window, past, starts, q.dtype)
             outputs.append(self._attention(*each, mask))
         for begin in range(band.start, band.stop, BAND_BLOCK * BAND_BLOCKS):
             end = min(begin + BAND_BLOCK * BAND_BLOCKS, band.stop)
             outputs.append(self._attention_in_band(q[:, :, begin:end], k, v, past + begin, window, masks))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)
-
-    def _cut(self, x: mx.array, bounds: list[tuple[int, int]]) -> list[mx.array]:
-        """Parts of x [B, H, T, head] along T."""
-        return windows(x, bounds, 2) if self.training else [x[:, :, begin:end] for begin, end in bounds]
 
     def _band(self, q: mx.array, past: int, window: int, masks: AttentionMasks, starts: mx.array | None) -> range:
         """The queries, at the end and in whole blocks, for which `_attention_in_band` serves; not for gradients."""

@@ -66,10 +66,8 @@ class DDTSMixer(nn.Module):
         if tail is None:
             tail = mx.zeros((x.shape[0], self.conv.weight.shape[1] - 1, x.shape[2]), x.dtype)
         u = self.ch_gate_1(self.ch_gate_0(x))
-        differentiated = x if self.training else None
-        c, v, next_tail = conv_gate(
-            xz, u, self.value_bias, tail, self.conv.weight, self.conv.bias, marks, differentiated
-        )
+        conv = self.conv.weight, self.conv.bias
+        c, v, next_tail = conv_gate(xz, u, self.value_bias, tail, *conv, marks, x if self.training else None)
         if lengths is not None:
             next_tail = _tail_at(lengths, tail, x, marks)
         y, state = mix(

@@ -13,12 +13,15 @@ from typing import Any
 import mlx.core as mx
 
 
-def windows(x: mx.array, bounds: Sequence[tuple[int, int]], axis: int) -> list[mx.array]:
+def windows(x: mx.array, bounds: Sequence[tuple[int, int]], axis: int, differentiable: bool = True) -> list[mx.array]:
     """x[..., begin:end, ...] for each of the bounds along an axis; they may overlap, and leave gaps.
 
-    The gradient is the sum of the slices' gradients at each place, made in one piece.
+    The gradient is the sum of the slices' gradients at each place, made in one piece; `differentiable` False saves the
+    host that arrangement.
     """
     axis %= x.ndim
+    if not differentiable:
+        return [_slice(x, begin, end, axis) for begin, end in bounds]
     size = x.shape[axis]
 
     @mx.custom_function
@@ -41,9 +44,9 @@ def windows(x: mx.array, bounds: Sequence[tuple[int, int]], axis: int) -> list[m
     return run(x)
 
 
-def split(x: mx.array, at: int, axis: int = -1) -> tuple[mx.array, mx.array]:
-    """The first `at` along an axis, and the rest."""
-    first, second = windows(x, [(0, at), (at, x.shape[axis])], axis)
+def split(x: mx.array, at: int, axis: int = -1, differentiable: bool = True) -> tuple[mx.array, mx.array]:
+    """The first `at` along an axis, and the rest; two of `windows`."""
+    first, second = windows(x, [(0, at), (at, x.shape[axis])], axis, differentiable)
     return first, second
 
 
