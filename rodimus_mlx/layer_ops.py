@@ -22,6 +22,7 @@ from .kernels.launch import Backend
 from .pieces import split
 
 PADDING, TOKEN, START = 0, 1, 2
+FEW_ROWS = 8  # tokens of all rows, up to which a narrow product is taken into the kernel behind it
 
 
 def add_norm(
@@ -71,6 +72,7 @@ def conv_gate(
     bias: mx.array,
     marks: mx.array | None,
     x: mx.array | None = None,
+    expand: mx.array | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """c = silu(conv(x) + bias), v = sigmoid(u + value_bias) * x, and the inputs that the next convolution needs.
 
@@ -78,16 +80,19 @@ def conv_gate(
 
     Shapes: xz [B, T, 2D], of which x is the first half; u [B, T, D]; value_bias [D]; tail [B, K - 1, D], the inputs
     before x; weight [D, K], whose last tap meets the current token; bias [D]. x [B, T, D], just that half once more, to
-    take gradients with respect to it; None: the result has none.
+    take gradients with respect to it; None: the result has none. expand [D, r]: u is given as [B, T, r], to be
+    multiplied with it first.
 
     Returns: c [B, T, D] in the type of x; v [B, T, D] in float32, or where a kernel's gradient is wanted, for which
     it is kept, in the type of x; and the next tail [B, K - 1, D].
     """
-    backend = _backend(u)
+    backend = _backend(tail)
+    if expand is not None and (backend is None or x is not None or not _joins(u)):
+        u, expand = u @ expand.T, None
     if backend is None:
         return _conv_gate(xz[..., : u.shape[-1]] if x is None else x, u, value_bias, tail, weight, bias, marks)
     if x is None:
-        return launchers.conv_gate(xz, u, value_bias, tail, weight, bias, marks, backend)
+        return launchers.conv_gate(xz, u, value_bias, tail, weight, bias, marks, backend, expand)
 
     @mx.custom_function
     def function(
@@ -142,6 +147,12 @@ def swiglu(x: mx.array, differentiable: bool = True) -> mx.array:
 def _backend(x: mx.array) -> Backend | None:
     """The kernels' backend, where they can take rows as wide as x's: they read four values at a time."""
     return active_backend() if x.shape[-1] % 8 == 0 else None
+
+
+def _joins(low: mx.array) -> bool:
+    """Whether a kernel makes u of low [B, T, r] itself: for some tokens, as in decoding, that saves a launch."""
+    batch, length, rank = low.shape
+    return batch * length <= FEW_ROWS and rank % 4 == 0
 
 
 def _with_gradient_of(plain: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:

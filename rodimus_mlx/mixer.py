@@ -65,9 +65,13 @@ class DDTSMixer(nn.Module):
         x, z = split(xz, xz.shape[-1] // 2) if self.training else (_first_half(xz), None)
         if tail is None:
             tail = mx.zeros((x.shape[0], self.conv.weight.shape[1] - 1, x.shape[2]), x.dtype)
-        u = self.ch_gate_1(self.ch_gate_0(x))
+        u, expand = self.ch_gate_0(x), None
+        if type(self.ch_gate_1) is nn.Linear:
+            expand = self.ch_gate_1.weight
+        else:  # quantized, or with an adapter
+            u = self.ch_gate_1(u)
         conv = self.conv.weight, self.conv.bias
-        c, v, next_tail = conv_gate(xz, u, self.value_bias, tail, *conv, marks, x if self.training else None)
+        c, v, next_tail = conv_gate(xz, u, self.value_bias, tail, *conv, marks, x if self.training else None, expand)
         if lengths is not None:
             next_tail = _tail_at(lengths, tail, x, marks)
         y, state = mix(

@@ -18,7 +18,7 @@ from rodimus_mlx.bench.launches import operations, step_launches
 from rodimus_mlx.bench.models import SHAPES, random_model
 from rodimus_mlx.kernels.backend import use_backend
 
-A_LAYER = {"1.6b": 22, "1.4b": 10}  # Rodimus+ has three sublayers, Rodimus one
+A_LAYER = {"1.6b": 19, "1.4b": 8}  # Rodimus+ has three sublayers, Rodimus one
 AROUND = {None: 4, 4: 6}  # a row of the embedding, to float32, the last norm, the head; by bits
 WINDOW = 64
 

@@ -151,6 +151,7 @@ def _cases(s: Sizes, dtype: mx.Dtype) -> Iterator[tuple[str, Callable[..., Any],
         conv = partial(layer_ops.conv_gate, marks=mark)
         inputs = (x(*double), x(*wide), x(values), x(batch, s.taps - 1, values), x(values, s.taps), x(values))
         yield "conv_gate" + kind, conv, inputs
+        yield "conv_gate, few tokens" + kind, *_few_through_a_low_rank(inputs, mark)
         few = min(tokens, 6)
         short = None if mark is None else mark[:, :few]
         step = partial(_mix, marks=short)
@@ -173,6 +174,23 @@ def _cases(s: Sizes, dtype: mx.Dtype) -> Iterator[tuple[str, Callable[..., Any],
         projections = _recurrence_inputs(s, dtype, 2.0)
         yield "recurrence" + kind, recurrence, projections
         yield "recurrence gradient" + kind, _gradient(recurrence, batch, tokens, s), projections
+
+
+def _few_through_a_low_rank(
+    inputs: tuple[mx.array, ...], marks: mx.array | None
+) -> tuple[Callable[..., Any], tuple[mx.array, ...]]:
+    """conv_gate's inputs cut to so few tokens that u's last product is made in the kernel."""
+    xz, u, *others = inputs
+    few, rank = min(u.shape[1], layer_ops.FEW_ROWS // u.shape[0]), 8
+    expand = (_normal(u.shape[2], rank) * rank**-0.5).astype(u.dtype)
+
+    def run(xz: mx.array, low: mx.array, expand: mx.array, *others: mx.array) -> tuple[mx.array, ...]:
+        cut = None if marks is None else marks[:, :few]
+        function: Any = partial(layer_ops.conv_gate, marks=cut, expand=expand)
+        c, v, tail = function(xz, low, *others)
+        return c, v.astype(c.dtype), tail  # plain MLX rounds u, which the kernel does not
+
+    return run, (xz[:, :few], u[:, :few, :rank], expand, *others)
 
 
 def _mix(*inputs: mx.array, marks: mx.array | None) -> tuple[mx.array, mx.array]:

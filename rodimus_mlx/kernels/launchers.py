@@ -18,7 +18,7 @@ CONV_BLOCK = 4  # tokens a thread convolves, where there are that many
 _SHARED = ["gates.metal"]
 _conv_gate = Kernel(
     "rodimus_conv_gate",
-    inputs=["xz", "u", "value_bias", "tail", "weight", "bias", "marks"],
+    inputs=["xz", "u", "value_bias", "tail", "expand", "weight", "bias", "marks"],
     outputs=["c", "v", "next_tail"],
     body="conv_gate.metal",
     helpers=_SHARED,
@@ -94,20 +94,39 @@ def conv_gate(
     bias: mx.array,
     marks: mx.array | None,
     backend: Backend,
+    expand: mx.array | None = None,
     values: mx.Dtype = mx.float32,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """xz [B, T, 2D], u [B, T, D], tail [B, K-1, D], weight [D, K], biases [D] -> c, v of type `values`, next tail."""
-    batch, length, inner = u.shape
-    taps = weight.shape[1]
+    """xz [B, T, 2D], u [B, T, D], tail [B, K-1, D], weight [D, K], biases [D] -> c, v of type `values`, next tail.
+
+    expand [D, R]: u is given as [B, T, R], and u @ expand.T is what it stands for; R is a multiple of 4.
+    """
+    batch, length = u.shape[:2]
+    inner, taps = weight.shape
     block = 1 if length < CONV_BLOCK else CONV_BLOCK
     threads = 128 if length >= CONV_BLOCK else 32
     c, v, next_tail = _conv_gate(
-        [xz, u, value_bias, tail, weight, bias, no_marks() if marks is None else marks],
+        [
+            xz,
+            u,
+            value_bias,
+            tail,
+            value_bias if expand is None else expand,
+            weight,
+            bias,
+            no_marks() if marks is None else marks,
+        ],
         groups=(_ceil(inner // 4, threads), _ceil(length, block), batch),
         threads=threads,
-        output_shapes=[u.shape, u.shape, tail.shape],
+        output_shapes=[(batch, length, inner), (batch, length, inner), tail.shape],
         output_dtypes=[xz.dtype, values, xz.dtype],
-        template={"D": inner, "K": taps, "BLOCK": block, "MARKS": marks is not None},
+        template={
+            "D": inner,
+            "K": taps,
+            "BLOCK": block,
+            "R": 0 if expand is None else expand.shape[1],
+            "MARKS": marks is not None,
+        },
         backend=backend,
     )
     return c, v, next_tail
