@@ -106,6 +106,9 @@ def run(
         bool | None,
         typer.Option("--grad-checkpoint", help="Less memory, but slower: blocks are computed twice."),
     ] = None,
+    memory_limit: Annotated[
+        Number, typer.Option(metavar="GB", help="Wait for work in flight rather than hold more memory.")
+    ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="What to compute in.  [default: the model's; float32 on a CPU]")
     ] = None,

@@ -12,7 +12,12 @@ from .data import Sample
 from .settings import Settings
 
 # Settings that change what is reported or how long a run is, but not what a step does.
-_FREE = ("val_batches", "report_every", "save_every", "early_stop", "report_to", "project_name", "epochs", "iters")
+_FREE = frozenset(
+    {
+        *("val_batches", "report_every", "save_every", "early_stop", "report_to", "project_name", "epochs", "iters"),
+        "memory_limit",
+    }
+)
 
 
 def identity(settings: Settings, samples: Sequence[Sample], processes: int, iters: int | None) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -36,8 +38,27 @@ def predict_peak(model: Any, trainable: int, settings: Settings, dtype: mx.Dtype
     return frozen + trainable * copies + activations + 3 * logits  # with their exponentials and their gradients
 
 
-def available() -> int:
-    """Bytes of memory that the default device may use."""
+@contextmanager
+def limited(gigabytes: float) -> Iterator[None]:
+    """Within it MLX waits for work in flight, whose arrays it holds, rather than going above so much; 0: its own way.
+
+    What one step needs at once is needed still: a limit below that only makes the run slow.
+    """
+    before = mx.set_memory_limit(int(1e9 * gigabytes)) if gigabytes else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            mx.set_memory_limit(before)
+
+
+def available(gigabytes: float = 0.0) -> int:
+    """Bytes of memory that the default device may use, or the limit of `limited`, where that is less."""
+    most = _available()
+    return min(most, int(1e9 * gigabytes)) if gigabytes else most
+
+
+def _available() -> int:
     info = mx.device_info()
     for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
         if info.get(key):

@@ -19,6 +19,7 @@ from .settings import Settings
 def outlook(model: Any, parameters: Parameters, plan: Plan, settings: Settings, dtype: mx.Dtype) -> dict[str, Any]:
     """Sizes of the model, the data, an epoch and a step, and the predicted peak memory."""
     trainable = sum(p.size for p in parameters.values())
+    limit = available(settings.memory_limit)
     longest = settings.seq_len if settings.packing else rounded(int(plan.lengths.max()))
     return {
         "method": settings.method,
@@ -33,8 +34,8 @@ def outlook(model: Any, parameters: Parameters, plan: Plan, settings: Settings, 
         "steps_in_epoch": plan.batches_in_epoch / settings.grad_accumulation,
         "rows_in_step": plan.rows_in_batch * settings.grad_accumulation,
         "peak_memory": predict_peak(model, trainable, settings, dtype, longest),
-        "available_memory": available(),
-        "advice": advice(model, trainable, settings, dtype, longest, available()),
+        "available_memory": limit,
+        "advice": advice(model, trainable, settings, dtype, longest, limit),
     }
 
 

@@ -61,6 +61,7 @@ class Settings:
     mask_prompt: bool = False  # learn the answer alone
     chat: bool | None = None  # put prompt and completion as a chat; None: if the model is a chat model
     grad_checkpoint: bool = False
+    memory_limit: float = 0.0  # GB, above which MLX waits for work in flight before it starts more; 0: MLX's own
     dtype: str = "auto"  # of the computation; what is trained is float32
     seed: int = 0
     val_batches: int = 25  # -1: all
@@ -162,7 +163,15 @@ def _check(s: Settings) -> None:
         value = getattr(s, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise RodimusError(f"{_option(name)} must be a whole number from {least} on, not {value!r}")
-    floats = ("scale", "learning_rate", "final_learning_rate", "weight_decay", "max_grad_norm", "epochs")
+    floats = (
+        "scale",
+        "learning_rate",
+        "final_learning_rate",
+        "weight_decay",
+        "max_grad_norm",
+        "epochs",
+        "memory_limit",
+    )
     for name in floats:
         value = getattr(s, name)
         if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:

@@ -27,6 +27,7 @@ from .data import Sample
 from .dropout import key_dropouts
 from .evaluate import evaluate
 from .identity import identity, refuse_changes
+from .memory import limited
 from .methods import prepare
 from .optimizer import build_optimizer, learning_rate
 from .outlook import outlook, refuse_small_disk
@@ -86,7 +87,8 @@ def train(
     run = _Run(model, samples, settings, valid, None if out is None else Path(out), list(observers), places or {})
     if resume:
         run.resume()
-    return run.go()
+    with limited(settings.memory_limit):
+        return run.go()
 
 
 class _Run:

@@ -191,6 +191,25 @@ def test_segments_take_the_memory_of_one():
     assert peaks[1] < 1.1 * peaks[0]
 
 
+def test_a_memory_limit_holds_for_the_run_and_no_longer():
+    before = mx.set_memory_limit(10**12)
+    seen = []
+
+    def look(event):
+        limit = mx.set_memory_limit(10**12)
+        mx.set_memory_limit(limit)
+        seen.append((event["event"], limit, event.get("available_memory")))
+
+    try:
+        choices = {"iters": 1, "batch_size": 1, "seq_len": 16}
+        train(small_model(), [sample(np.arange(9))], Settings(memory_limit=0.25, **choices), observers=[look])
+        assert mx.set_memory_limit(before) == 10**12
+    finally:
+        mx.set_memory_limit(before)
+    assert {limit for _, limit, _ in seen} == {250_000_000}
+    assert seen[0] == ("start", 250_000_000, 250_000_000)
+
+
 def test_advice_where_memory_is_short():
     model, settings = small_model(n_layer=12), Settings(seq_len=4096)
     choices = (model, 1000, settings, mx.float32, 4096)
