@@ -10,6 +10,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..errors import RodimusError
 from .initial_state import BIAS, STATE, add_initial_states
+from .lora import make_lean
 from .parameters import Parameters, named
 from .settings import Settings
 
@@ -61,5 +62,6 @@ def _add_lora(model: Any, settings: Settings) -> None:
         linear_to_lora_layers(model, settings.num_layers, lora_parameters(settings), use_dora=settings.method == "dora")
     except ValueError as error:
         raise RodimusError(f"--method {settings.method} does not fit this model: {error}") from error
+    make_lean(model)
     if not named(model.trainable_parameters()):
         raise RodimusError("lora keys: they name no layer that can be trained")
