@@ -85,11 +85,11 @@ def steady(cache: list[Any]) -> bool:
 
 
 def place(cache: list[Any]) -> tuple[mx.array, mx.array]:
-    """For a steady cache: the next token's place in the text, and its index in the windows, which are rings."""
+    """For a steady cache: the next token's place in the text, and its index in the windows, rings, as [1, 1, 1, 1]."""
     attention = attention_cache(cache[0])
     if attention is None:
-        return mx.array(0), mx.array([0])
-    return mx.array(attention.offset), mx.array([attention._idx % attention.max_size])
+        return mx.array(0), mx.array([[[[0]]]])
+    return mx.array(attention.offset), mx.array([[[[attention._idx % attention.max_size]]]])
 
 
 def arrays_of(cache: list[Any]) -> list[mx.array]:

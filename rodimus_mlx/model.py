@@ -113,7 +113,7 @@ class RodimusPlusBlock(RodimusBlock):
         `index`, the oldest, is replaced."""
         tail, state, keys, values = memory
         m, q, k, v, *mixed = self._before_attention(h, delta, offset, tail, state, None, None)
-        keys, values = (mx.slice_update(old, new, index, axes=(2,)) for old, new in ((keys, k), (values, v)))
+        keys, values = (_replaced(old, new, index) for old, new in ((keys, k), (values, v)))
         delta = self._after_attention(m, self.attn.attend(q, keys, values, full=True))
         return m, delta, *mixed, keys, values
 
@@ -275,6 +275,14 @@ class Model(nn.Module):
         from .convert.mapping import map_weights  # only mlx-lm's own loader comes this way
 
         return map_weights(weights, self.args)
+
+
+def _replaced(window: mx.array, token: mx.array, index: mx.array) -> mx.array:
+    """A window [B, 1, S, F] with a token [B, 1, 1, F] in the place of the one at index [1, 1, 1, 1].
+
+    In one launch: `mx.slice_update` takes another to work out where that is.
+    """
+    return mx.put_along_axis(window, mx.broadcast_to(index, token.shape), token, axis=2)
 
 
 def _start_computing(*arrays: mx.array) -> None:

@@ -94,6 +94,13 @@ def test_views_are_no_operations():
     assert operations(mx.exp(y)) == {"Exp": 1}
 
 
+def test_a_slice_at_a_place_to_be_read_is_two_launches():
+    x = mx.zeros((4, 6))
+    start = mx.array([1])
+    mx.eval(x, start)
+    assert operations(mx.slice_update(x, x[:1], start, axes=(0,))) == {"DynamicSliceUpdate": 2}
+
+
 def test_an_operation_that_serves_twice_counts_once():
     x = mx.zeros((4,))
     mx.eval(x)
