@@ -6,7 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import RodimusConfig
-from .layer_ops import PADDING, conv_gate
+from .layer_ops import conv_gate
+from .marks import PADDING
 from .pieces import split
 from .recurrence import mix
 
@@ -55,7 +56,7 @@ class DDTSMixer(nn.Module):
 
         Shapes:
             tail: [B, taps - 1, D], the convolution's inputs before h, and state: [B, n, D] float32; None: zeros
-            marks: [B, T] as in layer_ops
+            marks: [B, T] as in marks.py
             lengths: [B], the real tokens of each row, where rows are padded on the right; None: all
 
         Returns:

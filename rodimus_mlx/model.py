@@ -27,7 +27,8 @@ from .cache import (
 from .compiled import PROMPT_STEP, CompiledParts
 from .config import RodimusConfig
 from .kernels.backend import active_backend
-from .layer_ops import START, TOKEN, add_norm, norm, swiglu
+from .layer_ops import add_norm, norm, swiglu
+from .marks import START, TOKEN
 from .mixer import DDTSMixer
 
 EAGER_LAYERS = 2  # of a long prompt's layers, after which what is built so far is given to the GPU
@@ -132,7 +133,7 @@ class RodimusPlusBlock(RodimusBlock):
 class Masks:
     """What the layers must know of padding, documents and place, worked out once for all of them.
 
-    marks: [B, L] uint8 for the mixers, as in layer_ops; None: every token is real, and one document a row.
+    marks: [B, L] uint8 for the mixers, as in marks.py; None: every token is real, and one document a row.
     offset: the place of the first token, one number or [B].
     """
 

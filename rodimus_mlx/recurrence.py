@@ -1,7 +1,7 @@
 """The recurrence: one function whatever computes it, and the DDTS selection around it.
 
 The state is [B, n, D] float32, one head: n key features by D value features. q is scaled by 1/sqrt(n) inside, so
-callers pass it unscaled; log_decay is the log of the forget gate, <= 0. marks are those of layer_ops.py.
+callers pass it unscaled; log_decay is the log of the forget gate, <= 0. marks are those of marks.py.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from .kernels import launchers
+from .kernels import launchers, launchers_backward
 from .kernels.backend import active_backend
 from .kernels.chunked import chunked_recurrence
 from .kernels.launch import Backend
-from .layer_ops import PADDING, START, gate_norm, norm
+from .layer_ops import gate_norm, norm
+from .marks import PADDING, START
 
 FEW_TOKENS = 8  # up to here the state stays in one kernel's registers, token by token
 SMALLEST = 1e-37  # a selection gate that underflows: its logarithm, and the gradient of that, must stay finite
@@ -186,8 +187,10 @@ def _with_kernels(norm_floor: float, marks: mx.array | None, backend: Backend) -
         chunk = launchers.tile_size(state.shape[1])
         a, q, k, total, values, before, *_ = chunks(qkgt, gate_bias, v, state, chunk)
         d_o, d_after = _in_chunks(cotangents[0].astype(mx.float32), chunk), cotangents[1]
-        d_written, d_total, d_state = launchers.scan_backward(q.swapaxes(2, 3) @ d_o, before, total, d_after, backend)
-        d_qkgt = launchers.prepare_backward(
+        d_written, d_total, d_state = launchers_backward.scan_backward(
+            q.swapaxes(2, 3) @ d_o, before, total, d_after, backend
+        )
+        d_qkgt = launchers_backward.prepare_backward(
             qkgt,
             gate_bias,
             norm_floor,

@@ -1,7 +1,7 @@
 """Our kernels as functions of arrays: shapes, templates and grids of each. The texts say what each computes.
 
 All arrays are row contiguous or copied first; T, D, n as in the model; the values' type is that of the last input
-named in each docstring. None of these has a gradient of its own: see rodimus_mlx/layer_ops.py and recurrence.py.
+named in each docstring. None of these has a gradient of its own: launchers_backward.py has what gradients are made of.
 """
 
 from __future__ import annotations
@@ -15,42 +15,29 @@ from .launch import Backend, Kernel
 STEP_KEYS = 256  # key features that the step kernel can take
 CONV_BLOCK = 4  # tokens a thread convolves, where there are that many
 
-_SHARED = ["gates.metal"]
+SHARED = ["gates.metal"]
 _conv_gate = Kernel(
     "rodimus_conv_gate",
     inputs=["xz", "u", "value_bias", "tail", "expand", "weight", "bias", "marks"],
     outputs=["c", "v", "next_tail"],
     body="conv_gate.metal",
-    helpers=_SHARED,
+    helpers=SHARED,
 )
 _step = Kernel(
     "rodimus_step",
     inputs=["qkgt", "gate_bias", "norm_floor", "v", "c", "xz", "residual_weight", "state", "marks"],
     outputs=["y", "next_state"],
     body="step.metal",
-    helpers=_SHARED,
+    helpers=SHARED,
 )
 _prepare = Kernel(
     "rodimus_prepare",
     inputs=["qkgt", "gate_bias", "norm_floor", "marks"],
     outputs=["A", "q_decayed", "k_decayed", "total"],
     body="prepare.metal",
-    helpers=_SHARED,
-)
-_prepare_backward = Kernel(
-    "rodimus_prepare_backward",
-    inputs=["qkgt", "gate_bias", "norm_floor", "marks", "d_A", "d_q_decayed", "d_k_decayed", "d_total"],
-    outputs=["d_qkgt"],
-    body="prepare_backward.metal",
-    helpers=_SHARED,
+    helpers=SHARED,
 )
 _scan = Kernel("rodimus_scan", inputs=["written", "total", "state"], outputs=["before", "after"], body="scan.metal")
-_scan_backward = Kernel(
-    "rodimus_scan_backward",
-    inputs=["d_before", "before", "total", "d_after"],
-    outputs=["d_written", "d_total", "d_state"],
-    body="scan_backward.metal",
-)
 _add_norm = Kernel(
     "rodimus_add_norm", inputs=["h", "delta", "weight", "eps"], outputs=["total", "normed"], body="add_norm.metal"
 )
@@ -59,9 +46,9 @@ _gate_norm = Kernel(
     inputs=["o", "c", "xz", "residual_weight", "weight", "eps"],
     outputs=["out"],
     body="gate_norm.metal",
-    helpers=_SHARED,
+    helpers=SHARED,
 )
-_swiglu = Kernel("rodimus_swiglu", inputs=["x"], outputs=["out"], body="swiglu.metal", helpers=_SHARED)
+_swiglu = Kernel("rodimus_swiglu", inputs=["x"], outputs=["out"], body="swiglu.metal", helpers=SHARED)
 
 
 @lru_cache(maxsize=32)
@@ -76,13 +63,13 @@ def no_marks() -> mx.array:
     return mx.array([1], dtype=mx.uint8)  # made of a constant: an operation here would join the graph at hand
 
 
-def _ceil(a: int, b: int) -> int:
+def ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _row_threads(width: int) -> int:
+def row_threads(width: int) -> int:
     """Threads for a row: eight values each, whole simdgroups."""
-    return min(1024, _ceil(width, 256) * 32)
+    return min(1024, ceil(width, 256) * 32)
 
 
 def conv_gate(
@@ -116,7 +103,7 @@ def conv_gate(
             bias,
             no_marks() if marks is None else marks,
         ],
-        groups=(_ceil(inner // 4, threads), _ceil(length, block), batch),
+        groups=(ceil(inner // 4, threads), ceil(length, block), batch),
         threads=threads,
         output_shapes=[(batch, length, inner), (batch, length, inner), tail.shape],
         output_dtypes=[xz.dtype, values, xz.dtype],
@@ -159,7 +146,7 @@ def step(
             state,
             no_marks() if marks is None else marks,
         ],
-        groups=(_ceil(inner, 32), 1, batch),
+        groups=(ceil(inner, 32), 1, batch),
         threads=256,
         output_shapes=[v.shape, state.shape],
         output_dtypes=[mx.float32, mx.float32],
@@ -193,7 +180,7 @@ def prepare(
     n = width // 4
     tile = tile_size(n)
     strip, parts = min(tile, 32), 16
-    chunks = _ceil(length, chunk)
+    chunks = ceil(length, chunk)
     a, q, k, total = _prepare(
         [qkgt, gate_bias, scalar(norm_floor), no_marks() if marks is None else marks],
         groups=(chunk // strip, chunks, batch),
@@ -211,48 +198,12 @@ def prepare(
     return a, q, k, total
 
 
-def prepare_backward(
-    qkgt: mx.array,
-    gate_bias: mx.array,
-    norm_floor: float,
-    marks: mx.array | None,
-    d_a: mx.array,
-    d_q: mx.array,
-    d_k: mx.array,
-    d_log_total: mx.array,
-    backend: Backend,
-) -> mx.array:
-    """Gradients of `prepare`'s outputs, with chunks of one tile -> that of qkgt, [B, T, 4n] float32."""
-    batch, length, width = qkgt.shape
-    n = width // 4
-    chunk, parts = tile_size(n), 8
-    (d_qkgt,) = _prepare_backward(
-        [
-            qkgt,
-            gate_bias,
-            scalar(norm_floor),
-            no_marks() if marks is None else marks,
-            d_a,
-            d_q,
-            d_k,
-            d_log_total,
-        ],
-        groups=(_ceil(length, chunk), batch, 1),
-        threads=parts * chunk,
-        output_shapes=[qkgt.shape],
-        output_dtypes=[mx.float32],
-        template={"C": chunk, "TILE": chunk, "PARTS": parts, "N": n, "MARKS": marks is not None},
-        backend=backend,
-    )
-    return d_qkgt
-
-
 def scan(written: mx.array, total: mx.array, state: mx.array, backend: Backend) -> tuple[mx.array, mx.array]:
     """written [B, N, n, D], total [B, N, n], state [B, n, D] -> the states before each chunk, and after the last."""
     batch, _, n, inner = written.shape
     before, after = _scan(
         [written, total, state],
-        groups=(_ceil(inner, 128), n, batch),
+        groups=(ceil(inner, 128), n, batch),
         threads=128,
         output_shapes=[written.shape, state.shape],
         output_dtypes=[mx.float32] * 2,
@@ -262,30 +213,12 @@ def scan(written: mx.array, total: mx.array, state: mx.array, backend: Backend) 
     return before, after
 
 
-def scan_backward(
-    d_before: mx.array, before: mx.array, total: mx.array, d_after: mx.array, backend: Backend
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Gradients of `scan`'s outputs -> those of written, total and state."""
-    batch, chunks, n, inner = before.shape
-    parts = _ceil(inner, 32)
-    d_written, d_total, d_state = _scan_backward(
-        [d_before, before, total, d_after],
-        groups=(_ceil(inner, 128), n, batch),
-        threads=128,
-        output_shapes=[before.shape, (batch, chunks, n, parts), d_after.shape],
-        output_dtypes=[mx.float32] * 3,
-        template={"N": n, "D": inner, "PARTS": parts},
-        backend=backend,
-    )
-    return d_written, d_total.sum(axis=-1), d_state
-
-
 def add_norm(
     h: mx.array, delta: mx.array | None, weight: mx.array, eps: float, keep: bool, backend: Backend
 ) -> tuple[mx.array, mx.array]:
     """h [..., d] (+ delta) -> the sum, where kept, and its RMSNorm in the type of the weight."""
     width = h.shape[-1]
-    threads = _row_threads(width)
+    threads = row_threads(width)
     add = delta is not None
     total, normed = _add_norm(
         [h, weight if delta is None else delta, weight, scalar(eps)],
@@ -310,7 +243,7 @@ def gate_norm(
 ) -> mx.array:
     """o, c [B, T, D], xz [B, T, 2D] -> rmsnorm((o + residual_weight * c) * silu(z)) [B, T, D] in c's type."""
     width = c.shape[-1]
-    threads = _row_threads(width)
+    threads = row_threads(width)
     (out,) = _gate_norm(
         [o, c, xz, residual_weight, weight, scalar(eps)],
         groups=(c.size // width, 1, 1),
@@ -329,7 +262,7 @@ def swiglu(x: mx.array, backend: Backend) -> mx.array:
     rows = x.size // (2 * width)
     (out,) = _swiglu(
         [x.reshape(rows, 2 * width)],
-        groups=(_ceil(rows * width // 4, 128), 1, 1),
+        groups=(ceil(rows * width // 4, 128), 1, 1),
         threads=128,
         output_shapes=[(*x.shape[:-1], width)],
         output_dtypes=[x.dtype],

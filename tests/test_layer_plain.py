@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rodimus_mlx import layer_ops
+from rodimus_mlx import layer_plain
 from rodimus_mlx.pieces import split, windows
 
 TOLERANCE = 5e-6  # float32 sums of some tens of terms of about 1
@@ -26,8 +26,8 @@ def test_conv_gate_gradient(data: st.DataObject, batch: int, length: int, marked
     value_bias, bias = mx.random.normal((2, FEATURES))
     tail, weight = mx.random.normal((batch, TAPS - 1, FEATURES)), mx.random.normal((FEATURES, TAPS))
     inputs = [x, u, value_bias, tail, weight, bias]
-    _, expected = mx.vjp(lambda *inputs: layer_ops._conv_gate(*inputs, marks)[:2], inputs, [d_c, d_v])
-    found = layer_ops._conv_gate_gradient(*inputs, d_c, d_v, marks=marks)
+    _, expected = mx.vjp(lambda *inputs: layer_plain.conv_gate(*inputs, marks)[:2], inputs, [d_c, d_v])
+    found = layer_plain.conv_gate_gradient(*inputs, d_c, d_v, marks=marks)
     for theirs, ours in zip(expected, found):
         assert ours.shape == theirs.shape
         assert mx.abs(ours - theirs).max() <= TOLERANCE
@@ -38,7 +38,7 @@ def test_next_tail_is_the_last_inputs(length: int) -> None:
     x, tail = mx.random.normal((2, length, FEATURES)), mx.random.normal((2, TAPS - 1, FEATURES))
     marks = mx.array([[1] * length, [0] * length], mx.uint8)
     expected = mx.concatenate([tail, mx.where((marks != 0)[..., None], x, 0)], axis=1)[:, length:]
-    assert mx.array_equal(layer_ops._next_tail(x, tail, marks), expected)
+    assert mx.array_equal(layer_plain.next_tail(x, tail, marks), expected)
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,0 +1,76 @@
+"""The kernels of the backward pass as functions of arrays, like those of launchers.py."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from .launch import Backend, Kernel
+from .launchers import SHARED, ceil, no_marks, scalar, tile_size
+
+_prepare_backward = Kernel(
+    "rodimus_prepare_backward",
+    inputs=["qkgt", "gate_bias", "norm_floor", "marks", "d_A", "d_q_decayed", "d_k_decayed", "d_total"],
+    outputs=["d_qkgt"],
+    body="prepare_backward.metal",
+    helpers=SHARED,
+)
+_scan_backward = Kernel(
+    "rodimus_scan_backward",
+    inputs=["d_before", "before", "total", "d_after"],
+    outputs=["d_written", "d_total", "d_state"],
+    body="scan_backward.metal",
+)
+
+
+def prepare_backward(
+    qkgt: mx.array,
+    gate_bias: mx.array,
+    norm_floor: float,
+    marks: mx.array | None,
+    d_a: mx.array,
+    d_q: mx.array,
+    d_k: mx.array,
+    d_log_total: mx.array,
+    backend: Backend,
+) -> mx.array:
+    """Gradients of `prepare`'s outputs, with chunks of one tile -> that of qkgt, [B, T, 4n] float32."""
+    batch, length, width = qkgt.shape
+    n = width // 4
+    chunk, parts = tile_size(n), 8
+    (d_qkgt,) = _prepare_backward(
+        [
+            qkgt,
+            gate_bias,
+            scalar(norm_floor),
+            no_marks() if marks is None else marks,
+            d_a,
+            d_q,
+            d_k,
+            d_log_total,
+        ],
+        groups=(ceil(length, chunk), batch, 1),
+        threads=parts * chunk,
+        output_shapes=[qkgt.shape],
+        output_dtypes=[mx.float32],
+        template={"C": chunk, "TILE": chunk, "PARTS": parts, "N": n, "MARKS": marks is not None},
+        backend=backend,
+    )
+    return d_qkgt
+
+
+def scan_backward(
+    d_before: mx.array, before: mx.array, total: mx.array, d_after: mx.array, backend: Backend
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Gradients of `scan`'s outputs -> those of written, total and state."""
+    batch, chunks, n, inner = before.shape
+    parts = ceil(inner, 32)
+    d_written, d_total, d_state = _scan_backward(
+        [d_before, before, total, d_after],
+        groups=(ceil(inner, 128), n, batch),
+        threads=128,
+        output_shapes=[before.shape, (batch, chunks, n, parts), d_after.shape],
+        output_dtypes=[mx.float32] * 3,
+        template={"N": n, "D": inner, "PARTS": parts},
+        backend=backend,
+    )
+    return d_written, d_total.sum(axis=-1), d_state
