@@ -1,8 +1,8 @@
 """The layers' work between their matrix products: one launch each on a GPU, plain MLX elsewhere.
 
-Each function computes in float32. Where a kernel ran forward, its gradient is that of the plain form, recomputed from
-the inputs, so nothing but the inputs is kept for it; `differentiable` False saves the host that arrangement, which
-decoding feels.
+Each function computes in float32. Where a kernel ran forward, its gradient is computed from the inputs, so nothing but
+these is kept for it; that of small weights by the plain form, and only if it is wanted. `differentiable` False saves
+the host that arrangement, which decoding feels.
 
 marks, where given, are [B, T] uint8, as in marks.py.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import layer_plain as plain
-from .kernels import launchers
+from .kernels import launchers, launchers_backward
 from .kernels.backend import active_backend
 from .kernels.launch import Backend
 
@@ -100,7 +100,9 @@ def conv_gate(
 
     @function.vjp
     def gradient(primals: Any, cotangents: Any, _: Any) -> tuple[mx.array, ...]:
-        return plain.conv_gate_gradient(*primals, *cotangents, marks=marks)
+        backward: Any = launchers_backward.conv_gate_backward
+        big = backward(xz, *primals[1:], marks, *cotangents, backend)
+        return *big, *plain.conv_gate_gradient(*primals, *cotangents, marks=marks)[2:]
 
     run: Any = function
     return *run(x, u, value_bias, tail, weight, bias), plain.next_tail(x, tail, marks)

@@ -151,6 +151,7 @@ def _cases(s: Sizes, dtype: mx.Dtype) -> Iterator[tuple[str, Callable[..., Any],
         conv = partial(layer_ops.conv_gate, marks=mark)
         inputs = (x(*double), x(*wide), x(values), x(batch, s.taps - 1, values), x(values, s.taps), x(values))
         yield "conv_gate" + kind, conv, inputs
+        yield "conv_gate gradient" + kind, *_conv_gate_gradient(inputs, mark)
         yield "conv_gate, few tokens" + kind, *_few_through_a_low_rank(inputs, mark)
         few = min(tokens, 6)
         short = None if mark is None else mark[:, :few]
@@ -174,6 +175,24 @@ def _cases(s: Sizes, dtype: mx.Dtype) -> Iterator[tuple[str, Callable[..., Any],
         projections = _recurrence_inputs(s, dtype, 2.0)
         yield "recurrence" + kind, recurrence, projections
         yield "recurrence gradient" + kind, _gradient(recurrence, batch, tokens, s), projections
+
+
+def _conv_gate_gradient(
+    inputs: tuple[mx.array, ...], marks: mx.array | None
+) -> tuple[Callable[..., Any], tuple[mx.array, ...]]:
+    """The gradients of conv_gate's c and v in x, u and the rest, as training takes them."""
+    xz, u, *others = inputs
+    cotangents = [_normal(*u.shape).astype(u.dtype) for _ in range(2)]
+
+    def run(xz: mx.array, *rest: mx.array) -> list[mx.array]:
+        def forward(x: mx.array, *rest: mx.array) -> tuple[mx.array, mx.array]:
+            function: Any = partial(layer_ops.conv_gate, marks=marks, x=x)
+            c, v, _ = function(xz, *rest)
+            return c, v.astype(c.dtype)
+
+        return mx.vjp(forward, [xz[..., : u.shape[2]], *rest], cotangents)[1]
+
+    return run, (xz, u, *others)
 
 
 def _few_through_a_low_rank(

@@ -5,8 +5,15 @@ from __future__ import annotations
 import mlx.core as mx
 
 from .launch import Backend, Kernel
-from .launchers import SHARED, ceil, no_marks, scalar, tile_size
+from .launchers import CONV_BLOCK, SHARED, ceil, no_marks, scalar, tile_size
 
+_conv_gate_backward = Kernel(
+    "rodimus_conv_gate_backward",
+    inputs=["xz", "u", "value_bias", "tail", "weight", "bias", "marks", "d_c", "d_v"],
+    outputs=["d_x", "d_u"],
+    body="conv_gate_backward.metal",
+    helpers=SHARED,
+)
 _prepare_backward = Kernel(
     "rodimus_prepare_backward",
     inputs=["qkgt", "gate_bias", "norm_floor", "marks", "d_A", "d_q_decayed", "d_k_decayed", "d_total"],
@@ -20,6 +27,34 @@ _scan_backward = Kernel(
     outputs=["d_written", "d_total", "d_state"],
     body="scan_backward.metal",
 )
+
+
+def conv_gate_backward(
+    xz: mx.array,
+    u: mx.array,
+    value_bias: mx.array,
+    tail: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    marks: mx.array | None,
+    d_c: mx.array,
+    d_v: mx.array,
+    backend: Backend,
+) -> tuple[mx.array, mx.array]:
+    """Gradients of `conv_gate`'s c and v, [B, T, D] each -> those of x and u, [B, T, D], in their types."""
+    batch, length, inner = u.shape
+    block = 1 if length < CONV_BLOCK else CONV_BLOCK
+    threads = 128 if length >= CONV_BLOCK else 32
+    d_x, d_u = _conv_gate_backward(
+        [xz, u, value_bias, tail, weight, bias, no_marks() if marks is None else marks, d_c, d_v],
+        groups=(ceil(inner // 4, threads), ceil(length, block), batch),
+        threads=threads,
+        output_shapes=[u.shape, u.shape],
+        output_dtypes=[xz.dtype, u.dtype],
+        template={"D": inner, "K": weight.shape[1], "BLOCK": block, "MARKS": marks is not None},
+        backend=backend,
+    )
+    return d_x, d_u
 
 
 def prepare_backward(

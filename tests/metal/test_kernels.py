@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from rodimus_mlx.kernels import launchers
+from rodimus_mlx.kernels import launchers, launchers_backward
 from rodimus_mlx.kernels.check import DTYPES, Sizes, compare_all, recurrence_errors
 from rodimus_mlx.kernels.launch import Kernel
 
@@ -25,7 +25,8 @@ def test_kernels_equal_plain_mlx(sizes, dtype):
 def test_every_kernel_is_compared(metal):
     for _ in compare_all("metal", [Sizes(1, 9, 16, 32)], [mx.float32]):
         pass
-    kernels = [value.name for value in vars(launchers).values() if isinstance(value, Kernel)]
+    named = {**vars(launchers), **vars(launchers_backward)}
+    kernels = [value.name for value in named.values() if isinstance(value, Kernel)]
     assert len(kernels) > 5
     launched = {launch.name for launch in metal}
     assert [name for name in kernels if not any(f"{name}_" in each for each in launched)] == []
