@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -174,9 +175,8 @@ class SharedKeyAttention(nn.Module):
         length, total = q.shape[2], k.shape[2]
         past = total - length
         window = total if self.window is None else self.window
-        size = min(QUERY_BLOCK, max(256, (window + 127) // 128 * 128))
         band = self._band(q, past, window, masks, starts)
-        queries = [(begin, min(begin + size, band.start)) for begin in range(0, band.start, size)]
+        queries = self._query_blocks(band.start, past, window)
         keys = [(max(0, past + begin - window + 1), past + end) for begin, end in queries]  # that these queries see
         outputs = []
         heads_k, heads_v = self._heads(k, v)
@@ -188,6 +188,18 @@ class SharedKeyAttention(nn.Module):
             end = min(begin + BAND_BLOCK * BAND_BLOCKS, band.stop)
             outputs.append(self._attention_in_band(q[:, :, begin:end], k, v, past + begin, window, masks))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)
+
+    def _query_blocks(self, count: int, past: int, window: int) -> list[tuple[int, int]]:
+        """The first `count` queries in blocks: narrow ones where a block's scores, or the keys it sees in vain, cost.
+
+        Where no scores are kept, the queries whose windows reach back to the first key are one block, causal.
+        """
+        backend = active_backend()
+        keeps_scores = backend is None or (backend == "metal" and self.training)
+        size = min(QUERY_BLOCK, max(256, (window + 127) // 128 * 128))
+        first = size if keeps_scores else max(size, (window - past) // 256 * 256)
+        edges = [0, *range(first, count, size), count]
+        return [(begin, end) for begin, end in pairwise(edges) if begin < end]
 
     def _band(self, q: mx.array, past: int, window: int, masks: AttentionMasks, starts: mx.array | None) -> range:
         """The queries, at the end and in whole blocks, for which `_attention_in_band` serves; not for gradients."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from rodimus_mlx.attention import BAND_BLOCK, SharedKeyAttention
 from rodimus_mlx.cache import attention_cache, make_cache
 from rodimus_mlx.config import RodimusConfig
+from rodimus_mlx.kernels.backend import Wish, use_backend
 
 TOLERANCE = 1e-5  # float32 sums of some hundred products in another order
 HEADS, HEAD = 4, 8
@@ -50,16 +51,18 @@ def dense(layer: SharedKeyAttention, x: mx.array) -> mx.array:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    window_size=st.sampled_from([2, 9, 254, 256, 511, 600]),
+    window_size=st.sampled_from([2, 9, 254, 256, 511, 600, 3000]),
     cuts=st.lists(st.integers(1, 3 * BAND_BLOCK), min_size=1, max_size=4),
+    backend=st.sampled_from(["plain", "metal"]),  # which decides over the blocks
 )
-def test_any_cut_is_the_dense_window(window_size: int, cuts: list[int]) -> None:
+def test_any_cut_is_the_dense_window(window_size: int, cuts: list[int], backend: Wish) -> None:
     config, layer = attention(window_size)
     x = mx.random.normal((1, sum(cuts), HEADS * HEAD))
     cache = attention_cache(make_cache(config)[0])
     outputs, begin = [], 0
     for count in cuts:
-        outputs.append(layer(x[:, begin : begin + count], None, cache))
+        with use_backend(backend):
+            outputs.append(layer(x[:, begin : begin + count], None, cache))
         begin += count
     assert mx.abs(mx.concatenate(outputs, axis=1) - dense(layer, x)).max() <= TOLERANCE
 
@@ -69,6 +72,23 @@ def test_without_a_cache(length: int) -> None:
     _, layer = attention(600)
     x = mx.random.normal((1, length, HEADS * HEAD))
     assert mx.abs(layer(x) - dense(layer, x)).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("backend", "training", "blocks"),
+    [
+        ("plain", False, [(0, 1024), (1024, 2048), (2048, 2500)]),
+        ("metal", True, [(0, 1024), (1024, 2048), (2048, 2500)]),
+        ("metal", False, [(0, 1792), (1792, 2500)]),
+        ("cuda", True, [(0, 1792), (1792, 2500)]),
+    ],
+)
+def test_queries_that_see_from_the_start_are_one_block_where_no_scores_are_kept(backend, training, blocks):
+    _, layer = attention(600)
+    layer.train(training)
+    with use_backend(backend):
+        assert layer._query_blocks(2500, past=100, window=2000) == blocks
+        assert layer._query_blocks(0, past=100, window=2000) == []
 
 
 def test_blocks_with_full_windows_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:

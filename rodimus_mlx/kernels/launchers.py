@@ -14,6 +14,7 @@ from .launch import Backend, Kernel
 
 STEP_KEYS = 256  # key features that the step kernel can take
 CONV_BLOCK = 4  # tokens a thread convolves, where there are that many
+PREPARE_STRIP = 32  # tokens of a threadgroup of prepare, at most
 
 SHARED = ["gates.metal"]
 _conv_gate = Kernel(
@@ -179,7 +180,7 @@ def prepare(
     batch, length, width = qkgt.shape
     n = width // 4
     tile = tile_size(n)
-    strip, parts = min(tile, 32), 16
+    strip, parts = min(tile, PREPARE_STRIP), 16
     chunks = ceil(length, chunk)
     a, q, k, total = _prepare(
         [qkgt, gate_bias, scalar(norm_floor), no_marks() if marks is None else marks],
