@@ -71,6 +71,7 @@ def conv_gate(
     marks: mx.array | None,
     x: mx.array | None = None,
     expand: mx.array | None = None,
+    whole: int = 1,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """c = silu(conv(x) + bias), v = sigmoid(u + value_bias) * x, and the inputs that the next convolution needs.
 
@@ -82,7 +83,8 @@ def conv_gate(
     multiplied with it first.
 
     Returns: c [B, T, D] in the type of x; v [B, T, D] in float32, or where a kernel's gradient is wanted, for which
-    it is kept, in the type of x; and the next tail [B, K - 1, D].
+    it is kept, in the type of x; and the next tail [B, K - 1, D]. A kernel may put zeros behind v, up to a multiple of
+    `whole` tokens, which spares the recurrence a copy.
     """
     backend = _backend(tail)
     if expand is not None and (backend is None or x is not None or not _joins(u)):
@@ -90,7 +92,7 @@ def conv_gate(
     if backend is None:
         return plain.conv_gate(xz[..., : u.shape[-1]] if x is None else x, u, value_bias, tail, weight, bias, marks)
     if x is None:
-        return launchers.conv_gate(xz, u, value_bias, tail, weight, bias, marks, backend, expand)
+        return launchers.conv_gate(xz, u, value_bias, tail, weight, bias, marks, backend, expand, whole=whole)
 
     @mx.custom_function
     def function(

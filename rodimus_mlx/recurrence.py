@@ -75,7 +75,7 @@ def selective_recurrence(
     Shapes:
         qkgt: [B, T, 4n], the projections q | k | g | t of the convolved input
         gate_bias: [2n], of g | t, added in float32
-        v: [B, T, D], computed in float32
+        v: [B, T, D], computed in float32; or longer, as `whole_chunks` says, with zeros behind
         state: [B, n, D] float32; None: zeros
         marks: [B, T] uint8; padding leaves the state, a document's start forgets it
 
@@ -86,8 +86,13 @@ def selective_recurrence(
         state = mx.zeros((v.shape[0], gate_bias.shape[0] // 2, v.shape[2]), mx.float32)
     backend = active_backend()
     if backend is None:
-        return _plain(qkgt, gate_bias, v, state, norm_floor=norm_floor, marks=marks)
+        return _plain(qkgt, gate_bias, v[:, : qkgt.shape[1]], state, norm_floor=norm_floor, marks=marks)
     return _with_kernels(norm_floor, marks, backend)(qkgt, gate_bias, v, state)
+
+
+def whole_chunks(length: int, n: int) -> int:
+    """The number of tokens that v is best rounded up to a multiple of for `mix`; 1: it is fine as it is."""
+    return 1 if active_backend() is None or length <= FEW_TOKENS else launchers.chunk_size(length, n)
 
 
 def mix(
@@ -177,7 +182,7 @@ def _with_kernels(norm_floor: float, marks: mx.array | None, backend: Backend) -
         chunk = launchers.chunk_size(v.shape[1], state.shape[1])
         a, q, _, _, values, before, after = chunks(qkgt, gate_bias, v, state, chunk)
         o = mx.addmm(a @ values, q, before)
-        return _out_of_chunks(o, v.shape[1]).astype(v.dtype), after
+        return _out_of_chunks(o, qkgt.shape[1]).astype(v.dtype), after
 
     @function.vjp
     def gradient(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple[mx.array, ...]:

@@ -151,6 +151,7 @@ def _cases(s: Sizes, dtype: mx.Dtype) -> Iterator[tuple[str, Callable[..., Any],
         conv = partial(layer_ops.conv_gate, marks=mark)
         inputs = (x(*double), x(*wide), x(values), x(batch, s.taps - 1, values), x(values, s.taps), x(values))
         yield "conv_gate" + kind, conv, inputs
+        yield "conv_gate, whole chunks" + kind, partial(_conv_gate_in_chunks, marks=mark), inputs
         yield "conv_gate gradient" + kind, *_conv_gate_gradient(inputs, mark)
         yield "conv_gate, few tokens" + kind, *_few_through_a_low_rank(inputs, mark)
         few = min(tokens, 6)
@@ -175,6 +176,13 @@ def _cases(s: Sizes, dtype: mx.Dtype) -> Iterator[tuple[str, Callable[..., Any],
         projections = _recurrence_inputs(s, dtype, 2.0)
         yield "recurrence" + kind, recurrence, projections
         yield "recurrence gradient" + kind, _gradient(recurrence, batch, tokens, s), projections
+
+
+def _conv_gate_in_chunks(*inputs: mx.array, marks: mx.array | None) -> tuple[mx.array, ...]:
+    """v with zeros behind, which plain MLX leaves to others."""
+    function: Any = partial(layer_ops.conv_gate, marks=marks, whole=16)
+    c, v, tail = function(*inputs)
+    return c, mx.pad(v, [(0, 0), (0, -v.shape[1] % 16), (0, 0)]), tail
 
 
 def _conv_gate_gradient(

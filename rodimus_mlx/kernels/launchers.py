@@ -84,13 +84,16 @@ def conv_gate(
     backend: Backend,
     expand: mx.array | None = None,
     values: mx.Dtype = mx.float32,
+    whole: int = 1,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """xz [B, T, 2D], u [B, T, D], tail [B, K-1, D], weight [D, K], biases [D] -> c, v of type `values`, next tail.
 
     expand [D, R]: u is given as [B, T, R], and u @ expand.T is what it stands for; R is a multiple of 4.
+    v is [B, T, D], or with zeros behind as long as a multiple of `whole`.
     """
     batch, length = u.shape[:2]
     inner, taps = weight.shape
+    rows = ceil(length, whole) * whole
     block = 1 if length < CONV_BLOCK else CONV_BLOCK
     threads = 128 if length >= CONV_BLOCK else 32
     c, v, next_tail = _conv_gate(
@@ -104,9 +107,9 @@ def conv_gate(
             bias,
             no_marks() if marks is None else marks,
         ],
-        groups=(ceil(inner // 4, threads), ceil(length, block), batch),
+        groups=(ceil(inner // 4, threads), ceil(rows, block), batch),
         threads=threads,
-        output_shapes=[(batch, length, inner), (batch, length, inner), tail.shape],
+        output_shapes=[(batch, length, inner), (batch, rows, inner), tail.shape],
         output_dtypes=[xz.dtype, values, xz.dtype],
         template={
             "D": inner,
@@ -114,6 +117,7 @@ def conv_gate(
             "BLOCK": block,
             "R": 0 if expand is None else expand.shape[1],
             "MARKS": marks is not None,
+            "WHOLE": whole,
         },
         backend=backend,
     )
