@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import layer_ops
+from ..pieces import split
 from ..recurrence import mix, selective_recurrence
 from .backend import Wish, use_backend
 from .reference import sequential_recurrence
@@ -132,20 +133,16 @@ def _cases(s: Sizes, dtype: mx.Dtype) -> Iterator[tuple[str, Callable[..., Any],
     def x(*shape: int) -> mx.array:
         return _normal(*shape).astype(dtype)
 
-    yield "add_norm", partial(layer_ops.add_norm, eps=1e-5), (_normal(*wide), x(*wide), x(values))
-    yield "norm", lambda h, w, d: layer_ops.norm(h, w, 1e-5, delta=d), (_normal(*wide), x(values), x(*wide))
-    yield (
-        "gate_norm",
-        partial(layer_ops.gate_norm, eps=1e-5),
-        (
-            _normal(*wide),
-            x(*wide),
-            x(*double),
-            x(values),
-            x(values),
-        ),
-    )
-    yield "swiglu", layer_ops.swiglu, (x(*double),)
+    layers: list[tuple[str, Callable[..., Any], tuple[mx.array, ...]]] = [
+        ("add_norm", partial(layer_ops.add_norm, eps=1e-5), (_normal(*wide), x(*wide), x(values))),
+        ("norm", partial(layer_ops.norm, eps=1e-5), (x(*wide), x(values))),
+        ("norm of a sum", _norm_of_a_sum, (_normal(*wide), x(values), x(*wide))),
+        ("gate_norm", _gate_norm, (_normal(*wide), x(*wide), x(*double), x(values), x(values))),
+        ("swiglu", layer_ops.swiglu, (x(*double),)),
+    ]
+    for name, function, inputs in layers:
+        yield name, function, inputs
+        yield name + " gradient", _vjp(function, inputs), inputs
     marks = mx.random.randint(0, 3, (batch, tokens)).astype(mx.uint8)
     for kind, mark in (("", None), (" with marks", marks)):
         conv = partial(layer_ops.conv_gate, marks=mark)
@@ -176,6 +173,23 @@ def _cases(s: Sizes, dtype: mx.Dtype) -> Iterator[tuple[str, Callable[..., Any],
         projections = _recurrence_inputs(s, dtype, 2.0)
         yield "recurrence" + kind, recurrence, projections
         yield "recurrence gradient" + kind, _gradient(recurrence, batch, tokens, s), projections
+
+
+def _norm_of_a_sum(h: mx.array, weight: mx.array, delta: mx.array) -> mx.array:
+    return layer_ops.norm(h, weight, 1e-5, delta)
+
+
+def _gate_norm(o: mx.array, c: mx.array, xz: mx.array, residual_weight: mx.array, weight: mx.array) -> mx.array:
+    """gate_norm as training calls it."""
+    _, z = split(xz, c.shape[-1])
+    return layer_ops.gate_norm(o, c, xz, residual_weight, weight, 1e-5, z)
+
+
+def _vjp(function: Callable[..., Any], inputs: tuple[mx.array, ...]) -> Callable[..., list[mx.array]]:
+    """The gradients of a function in all of its inputs, for random gradients of its outputs."""
+    with use_backend("plain"):
+        cotangents = [_normal(*output.shape).astype(output.dtype) for output in _flat(function(*inputs))]
+    return lambda *inputs: mx.vjp(function, list(inputs), cotangents)[1]
 
 
 def _conv_gate_in_chunks(*inputs: mx.array, marks: mx.array | None) -> tuple[mx.array, ...]:
