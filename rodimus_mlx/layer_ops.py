@@ -143,7 +143,17 @@ def swiglu(x: mx.array, differentiable: bool = True) -> mx.array:
         return plain.swiglu(x)
     if not differentiable:
         return launchers.swiglu(x, backend)
-    return _with_gradient_of(plain.swiglu, partial(launchers.swiglu, backend=backend))(x)
+
+    @mx.custom_function
+    def function(x: mx.array) -> mx.array:
+        return launchers.swiglu(x, backend)
+
+    @function.vjp
+    def gradient(x: mx.array, d_out: mx.array, _: Any) -> mx.array:
+        return launchers_backward.swiglu_backward(x, d_out, backend)
+
+    run: Any = function
+    return run(x)
 
 
 def _backend(x: mx.array) -> Backend | None:

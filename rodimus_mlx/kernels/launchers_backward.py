@@ -27,6 +27,9 @@ _scan_backward = Kernel(
     outputs=["d_written", "d_total", "d_state"],
     body="scan_backward.metal",
 )
+_swiglu_backward = Kernel(
+    "rodimus_swiglu_backward", inputs=["x", "d_out"], outputs=["d_x"], body="swiglu_backward.metal", helpers=SHARED
+)
 
 
 def conv_gate_backward(
@@ -109,3 +112,19 @@ def scan_backward(
         backend=backend,
     )
     return d_written, d_total.sum(axis=-1), d_state
+
+
+def swiglu_backward(x: mx.array, d_out: mx.array, backend: Backend) -> mx.array:
+    """The gradient of `swiglu`'s output [..., f] -> that of x [..., 2f], in its type."""
+    width = x.shape[-1] // 2
+    rows = x.size // (2 * width)
+    (d_x,) = _swiglu_backward(
+        [x.reshape(rows, 2 * width), d_out],
+        groups=(ceil(rows * width // 4, 128), 1, 1),
+        threads=128,
+        output_shapes=[x.shape],
+        output_dtypes=[x.dtype],
+        template={"F": width},
+        backend=backend,
+    )
+    return d_x
