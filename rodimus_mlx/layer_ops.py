@@ -130,10 +130,18 @@ def gate_norm(
     if z is None:
         return launchers.gate_norm(o, c, xz, residual_weight, weight, eps, backend)
 
-    def kernel(o: mx.array, c: mx.array, z: mx.array, residual_weight: mx.array, weight: mx.array) -> mx.array:
+    @mx.custom_function
+    def function(o: mx.array, c: mx.array, z: mx.array, residual_weight: mx.array, weight: mx.array) -> mx.array:
         return launchers.gate_norm(o, c, xz, residual_weight, weight, eps, backend)
 
-    return _with_gradient_of(partial(plain.gate_norm, eps=eps), kernel)(o, c, z, residual_weight, weight)
+    @function.vjp
+    def gradient(primals: Any, d_out: mx.array, _: Any) -> tuple[mx.array, ...]:
+        o, c, z, residual_weight, weight = primals
+        big = launchers_backward.gate_norm_backward(o, c, xz, residual_weight, weight, eps, d_out, backend)
+        return *big, *_gradients(partial(plain.gate_norm, o, c, z, eps=eps), d_out, residual_weight, weight)
+
+    run: Any = function
+    return run(o, c, z, residual_weight, weight)
 
 
 def swiglu(x: mx.array, differentiable: bool = True) -> mx.array:
@@ -178,3 +186,8 @@ def _with_gradient_of(form: Callable[..., Any], kernel: Callable[..., Any]) -> C
 
     function.vjp(vjp)
     return function
+
+
+def _gradients(form: Callable[..., mx.array], cotangent: mx.array, *weights: mx.array) -> list[mx.array]:
+    """The gradients of form(*weights) in the weights."""
+    return mx.vjp(form, list(weights), [cotangent])[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from .launch import Backend, Kernel
-from .launchers import CONV_BLOCK, SHARED, ceil, no_marks, scalar, tile_size
+from .launchers import CONV_BLOCK, SHARED, ceil, no_marks, row_threads, scalar, tile_size
 
 _conv_gate_backward = Kernel(
     "rodimus_conv_gate_backward",
@@ -26,6 +26,13 @@ _scan_backward = Kernel(
     inputs=["d_before", "before", "total", "d_after"],
     outputs=["d_written", "d_total", "d_state"],
     body="scan_backward.metal",
+)
+_gate_norm_backward = Kernel(
+    "rodimus_gate_norm_backward",
+    inputs=["o", "c", "xz", "residual_weight", "weight", "eps", "d_out"],
+    outputs=["d_o", "d_c", "d_z"],
+    body="gate_norm_backward.metal",
+    helpers=SHARED,
 )
 _swiglu_backward = Kernel(
     "rodimus_swiglu_backward", inputs=["x", "d_out"], outputs=["d_x"], body="swiglu_backward.metal", helpers=SHARED
@@ -128,3 +135,28 @@ def swiglu_backward(x: mx.array, d_out: mx.array, backend: Backend) -> mx.array:
         backend=backend,
     )
     return d_x
+
+
+def gate_norm_backward(
+    o: mx.array,
+    c: mx.array,
+    xz: mx.array,
+    residual_weight: mx.array,
+    weight: mx.array,
+    eps: float,
+    d_out: mx.array,
+    backend: Backend,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The gradient of `gate_norm`'s output -> those of o, c and z, [B, T, D] each, in their types."""
+    width = c.shape[-1]
+    threads = row_threads(width)
+    d_o, d_c, d_z = _gate_norm_backward(
+        [o, c, xz, residual_weight, weight, scalar(eps), d_out],
+        groups=(c.size // width, 1, 1),
+        threads=threads,
+        output_shapes=[c.shape] * 3,
+        output_dtypes=[o.dtype, c.dtype, xz.dtype],
+        template={"D": width, "WIDTH": threads},
+        backend=backend,
+    )
+    return d_o, d_c, d_z
