@@ -1,8 +1,8 @@
 """The layers' work between their matrix products: one launch each on a GPU, plain MLX elsewhere.
 
-Each function computes in float32. Where a kernel ran forward, its gradient is computed from the inputs, so nothing but
-these is kept for it; that of small weights by the plain form, and only if it is wanted. `differentiable` False saves
-the host that arrangement, which decoding feels.
+Each function computes in float32. Where a kernel ran forward, a kernel makes the gradients of all but the weights, from
+arrays that the layers around it keep anyway; those of weights come from the plain form, and only if they are wanted.
+`differentiable` False saves the host that arrangement, which decoding feels.
 
 marks, where given, are [B, T] uint8, as in marks.py.
 """
@@ -38,10 +38,20 @@ def add_norm(
     if not differentiable:
         return launchers.add_norm(h, delta, weight, eps, True, backend)
 
-    def kernel(h: mx.array, delta: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:
+    @mx.custom_function
+    def function(h: mx.array, delta: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:
         return launchers.add_norm(h, delta, weight, eps, True, backend)
 
-    return _with_gradient_of(partial(plain.add_norm, eps=eps), kernel)(h, delta, weight)
+    @function.vjp
+    def gradient(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
+        (_, delta, weight), (d_total, d_normed) = primals, cotangents
+        total = outputs[0]  # kept for the layers above anyway, unlike delta
+        backward = partial(launchers_backward.add_norm_backward, delta_dtype=delta.dtype)
+        big = backward(total, None, weight, eps, d_normed, d_total, backend)
+        return *big, *_gradients(partial(plain.norm, total, eps=eps), d_normed, weight)
+
+    run: Any = function
+    return run(h, delta, weight)
 
 
 def norm(
@@ -54,11 +64,20 @@ def norm(
     if not differentiable:
         return launchers.add_norm(h, delta, weight, eps, False, backend)[1]
 
-    def kernel(h: mx.array, weight: mx.array, delta: mx.array | None = None) -> mx.array:
+    @mx.custom_function
+    def function(h: mx.array, weight: mx.array, delta: mx.array | None = None) -> mx.array:
         return launchers.add_norm(h, delta, weight, eps, False, backend)[1]
 
-    inputs = (h, weight) if delta is None else (h, weight, delta)
-    return _with_gradient_of(partial(plain.norm, eps=eps), kernel)(*inputs)
+    @function.vjp
+    def gradient(primals: Any, d_normed: mx.array, _: Any) -> tuple[mx.array, ...]:
+        h, weight, *rest = primals
+        delta = rest[0] if rest else None
+        d_h, d_delta = launchers_backward.add_norm_backward(h, delta, weight, eps, d_normed, None, backend)
+        (d_weight,) = _gradients(lambda weight: plain.norm(h, weight, delta, eps=eps), d_normed, weight)
+        return (d_h, d_weight, d_delta)[: len(primals)]
+
+    run: Any = function
+    return run(h, weight) if delta is None else run(h, weight, delta)
 
 
 def conv_gate(
@@ -173,19 +192,6 @@ def _joins(low: mx.array) -> bool:
     """Whether a kernel makes u of low [B, T, r] itself: for some tokens, as in decoding, that saves a launch."""
     batch, length, rank = low.shape
     return batch * length <= FEW_ROWS and rank % 4 == 0
-
-
-def _with_gradient_of(form: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel`, differentiated as `form`, the same function of the same arrays."""
-    function = mx.custom_function(kernel)
-
-    def vjp(primals: Any, cotangents: Any, _: Any) -> tuple[mx.array, ...]:
-        primals = primals if isinstance(primals, (list, tuple)) else (primals,)
-        cotangents = cotangents if isinstance(cotangents, (list, tuple)) else (cotangents,)
-        return tuple(mx.vjp(form, list(primals), list(cotangents))[1])
-
-    function.vjp(vjp)
-    return function
 
 
 def _gradients(form: Callable[..., mx.array], cotangent: mx.array, *weights: mx.array) -> list[mx.array]:

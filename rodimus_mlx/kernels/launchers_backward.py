@@ -27,6 +27,12 @@ _scan_backward = Kernel(
     outputs=["d_written", "d_total", "d_state"],
     body="scan_backward.metal",
 )
+_add_norm_backward = Kernel(
+    "rodimus_add_norm_backward",
+    inputs=["h", "delta", "weight", "eps", "d_normed", "d_total"],
+    outputs=["d_h", "d_delta"],
+    body="add_norm_backward.metal",
+)
 _gate_norm_backward = Kernel(
     "rodimus_gate_norm_backward",
     inputs=["o", "c", "xz", "residual_weight", "weight", "eps", "d_out"],
@@ -121,20 +127,48 @@ def scan_backward(
     return d_written, d_total.sum(axis=-1), d_state
 
 
-def swiglu_backward(x: mx.array, d_out: mx.array, backend: Backend) -> mx.array:
-    """The gradient of `swiglu`'s output [..., f] -> that of x [..., 2f], in its type."""
-    width = x.shape[-1] // 2
-    rows = x.size // (2 * width)
-    (d_x,) = _swiglu_backward(
-        [x.reshape(rows, 2 * width), d_out],
-        groups=(ceil(rows * width // 4, 128), 1, 1),
-        threads=128,
-        output_shapes=[x.shape],
-        output_dtypes=[x.dtype],
-        template={"F": width},
+def add_norm_backward(
+    h: mx.array,
+    delta: mx.array | None,
+    weight: mx.array,
+    eps: float,
+    d_normed: mx.array,
+    d_total: mx.array | None,
+    backend: Backend,
+    delta_dtype: mx.Dtype | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Gradients of `add_norm`'s outputs -> that of h [..., d], and the same in the type of delta.
+
+    Where the sum was kept, it is given as h, without delta but with its `delta_dtype`, and d_total is its gradient.
+    """
+    width = h.shape[-1]
+    threads = row_threads(width)
+    delta_dtype = delta_dtype or (h if delta is None else delta).dtype
+    both = delta_dtype != h.dtype
+    d_h, d_delta = _add_norm_backward(
+        [
+            h,
+            weight if delta is None else delta,
+            weight,
+            scalar(eps),
+            d_normed,
+            weight if d_total is None else d_total,
+        ],
+        groups=(h.size // width, 1, 1),
+        threads=threads,
+        output_shapes=[h.shape, h.shape if both else (1,)],
+        output_dtypes=[h.dtype, delta_dtype],
+        template={
+            "DELTA": delta_dtype,
+            "D": width,
+            "WIDTH": threads,
+            "ADD": delta is not None,
+            "KEEP": d_total is not None,
+            "BOTH": both,
+        },
         backend=backend,
     )
-    return d_x
+    return d_h, d_delta if both else d_h
 
 
 def gate_norm_backward(
@@ -160,3 +194,19 @@ def gate_norm_backward(
         backend=backend,
     )
     return d_o, d_c, d_z
+
+
+def swiglu_backward(x: mx.array, d_out: mx.array, backend: Backend) -> mx.array:
+    """The gradient of `swiglu`'s output [..., f] -> that of x [..., 2f], in its type."""
+    width = x.shape[-1] // 2
+    rows = x.size // (2 * width)
+    (d_x,) = _swiglu_backward(
+        [x.reshape(rows, 2 * width), d_out],
+        groups=(ceil(rows * width // 4, 128), 1, 1),
+        threads=128,
+        output_shapes=[x.shape],
+        output_dtypes=[x.dtype],
+        template={"F": width},
+        backend=backend,
+    )
+    return d_x
