@@ -192,12 +192,14 @@ class SharedKeyAttention(nn.Module):
     def _query_blocks(self, count: int, past: int, window: int) -> list[tuple[int, int]]:
         """The first `count` queries in blocks: narrow ones where a block's scores, or the keys it sees in vain, cost.
 
-        Where no scores are kept, the queries whose windows reach back to the first key are one block, causal.
+        Within a window, where GPUs keep no scores, the queries that see back to the first key are one block, causal;
+        of whole pieces of 256, which the fused kernels like.
         """
         backend = active_backend()
-        keeps_scores = backend is None or (backend == "metal" and self.training)
+        keeps_scores = backend is None or (backend == "metal" and self.training) or self.window is None
         size = min(QUERY_BLOCK, max(256, (window + 127) // 128 * 128))
-        first = size if keeps_scores else max(size, (window - past) // 256 * 256)
+        reach = window - past  # queries that see back to the first key
+        first = size if keeps_scores else max(size, count if count <= reach else reach // 256 * 256)
         edges = [0, *range(first, count, size), count]
         return [(begin, end) for begin, end in pairwise(edges) if begin < end]
 

@@ -1,4 +1,7 @@
-"""The functions of layer_ops.py in plain MLX: what runs on a CPU, and what the kernels are compared with."""
+"""The functions of layer_ops.py in plain MLX: what runs on a CPU, and what the kernels are compared with.
+
+Arguments and shapes are those of the functions of the same name there; x and z stand for the halves of xz.
+"""
 
 from __future__ import annotations
 

@@ -67,9 +67,9 @@ class DDTSMixer(nn.Module):
         if tail is None:
             tail = mx.zeros((x.shape[0], self.conv.weight.shape[1] - 1, x.shape[2]), x.dtype)
         u, expand = self.ch_gate_0(x), None
-        if type(self.ch_gate_1) is nn.Linear:
+        if type(self.ch_gate_1) is nn.Linear and "bias" not in self.ch_gate_1:
             expand = self.ch_gate_1.weight
-        else:  # quantized, or with an adapter
+        else:  # quantized, with an adapter ...
             u = self.ch_gate_1(u)
         conv = self.conv.weight, self.conv.bias
         whole = whole_chunks(h.shape[1], self.gate_bias.shape[0] // 2)

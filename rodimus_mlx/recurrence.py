@@ -75,7 +75,7 @@ def selective_recurrence(
     Shapes:
         qkgt: [B, T, 4n], the projections q | k | g | t of the convolved input
         gate_bias: [2n], of g | t, added in float32
-        v: [B, T, D], computed in float32; or longer, as `whole_chunks` says, with zeros behind
+        v: [B, T, D], computed in float32; or, where no gradient is wanted, longer by zeros as `whole_chunks` says
         state: [B, n, D] float32; None: zeros
         marks: [B, T] uint8; padding leaves the state, a document's start forgets it
 
@@ -179,7 +179,7 @@ def _with_kernels(norm_floor: float, marks: mx.array | None, backend: Backend) -
 
     @mx.custom_function
     def function(qkgt: mx.array, gate_bias: mx.array, v: mx.array, state: mx.array) -> tuple[mx.array, mx.array]:
-        chunk = launchers.chunk_size(v.shape[1], state.shape[1])
+        chunk = launchers.chunk_size(qkgt.shape[1], state.shape[1])
         a, q, _, _, values, before, after = chunks(qkgt, gate_bias, v, state, chunk)
         o = mx.addmm(a @ values, q, before)
         return _out_of_chunks(o, qkgt.shape[1]).astype(v.dtype), after

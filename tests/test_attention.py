@@ -88,6 +88,7 @@ def test_queries_that_see_from_the_start_are_one_block_where_no_scores_are_kept(
     layer.train(training)
     with use_backend(backend):
         assert layer._query_blocks(2500, past=100, window=2000) == blocks
+        assert layer._query_blocks(1900, past=100, window=2000)[-1][1] == 1900
         assert layer._query_blocks(0, past=100, window=2000) == []
 
 

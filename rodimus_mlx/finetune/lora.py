@@ -25,7 +25,8 @@ class LeanLoRALinear(LoRALinear):
     """[..., in] -> [..., out]."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if not self.training or self.dropout(x) is not x:
+        lean = self.training and self.lora_a.dtype == x.dtype and self.dropout(x) is x  # which it is without dropout
+        if not lean:
             return super().__call__(x)
         return _adapted(self.linear, self.scale)(x, self.lora_a, self.lora_b)[0]
 

@@ -1,4 +1,4 @@
-"""How much memory a run will take at its peak, and how much there is: an estimate, for a warning before the start."""
+"""How much memory a run will take at its peak, and how much there is, for a warning before the start; and a limit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .parameters import named
 from .settings import Settings
 
 # Bytes kept for a block's backward pass, against the count of `_block`: on the CPU, where the layers' plain forms run,
-# 2.2 was measured for both kinds of block, with and without recomputing; a GPU's kernels keep their inputs alone.
+# 2.2 was measured for both kinds of block, with and without recomputing; a GPU's kernels keep little but their inputs.
 _KEPT = {mx.gpu: 1.0, mx.cpu: 2.2}
 _OPTIMIZER_ARRAYS = {"adamw": 2, "adam": 2, "muon": 1, "sgd": 1, "adafactor": 1}  # as large as what is trained
 

@@ -17,6 +17,7 @@ LONG = ("truncate", "split")
 DTYPES = ("auto", "float32", "bfloat16")
 LEARNING_RATES = {"lora": 1e-4, "dora": 1e-4, "full": 1e-5, "state": 5e-2}
 ITERS = 1000  # where neither steps nor epochs are given
+MOST_GIGABYTES = 100_000  # above which --memory-limit was meant in bytes
 
 # mlx-lm's names in a config file for ours.
 _ALIASES = {
@@ -176,6 +177,8 @@ def _check(s: Settings) -> None:
         value = getattr(s, name)
         if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
             raise RodimusError(f"{_option(name)} must be a number from 0 on, not {value!r}")
+    if s.memory_limit > MOST_GIGABYTES:
+        raise RodimusError(f"--memory-limit is in GB: {s.memory_limit:g} of them is more than any machine has")
     if not isinstance(s.dropout, (int, float)) or not 0 <= s.dropout < 1:
         raise RodimusError(f"--dropout must be from 0 to below 1, not {s.dropout!r}")
     if s.num_layers == 0:

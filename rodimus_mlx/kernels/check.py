@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from .. import layer_ops
 from ..pieces import split
-from ..recurrence import mix, selective_recurrence
+from ..recurrence import mix, selective_recurrence, whole_chunks
 from .backend import Wish, use_backend
 from .reference import sequential_recurrence
 
@@ -38,7 +38,8 @@ ODD_SIZES = (
     Sizes(1, 20, 24, 328),  # rows of more values than their threads take at once
     Sizes(),
     Sizes(1, 130, 64, 96, 3),
-    Sizes(1, 5, 16, 36, 2),
+    Sizes(1, 5, 16, 40, 2),
+    Sizes(2, 2, 16, 40),
     Sizes(2, 70, 128, 40),
     Sizes(1, 40, 256, 32),
 )
@@ -172,6 +173,7 @@ def _cases(s: Sizes, dtype: mx.Dtype) -> Iterator[tuple[str, Callable[..., Any],
         recurrence = partial(_recurrence, marks=mark)
         projections = _recurrence_inputs(s, dtype, 2.0)
         yield "recurrence" + kind, recurrence, projections
+        yield "recurrence, longer values" + kind, partial(_recurrence_of_longer_values, marks=mark), projections
         yield "recurrence gradient" + kind, _gradient(recurrence, batch, tokens, s), projections
 
 
@@ -203,7 +205,7 @@ def _conv_gate_gradient(
     inputs: tuple[mx.array, ...], marks: mx.array | None
 ) -> tuple[Callable[..., Any], tuple[mx.array, ...]]:
     """The gradients of conv_gate's c and v in x, u and the rest, as training takes them."""
-    xz, u, *others = inputs
+    u = inputs[1]
     cotangents = [_normal(*u.shape).astype(u.dtype) for _ in range(2)]
 
     def run(xz: mx.array, *rest: mx.array) -> list[mx.array]:
@@ -214,7 +216,7 @@ def _conv_gate_gradient(
 
         return mx.vjp(forward, [xz[..., : u.shape[2]], *rest], cotangents)[1]
 
-    return run, (xz, u, *others)
+    return run, inputs
 
 
 def _few_through_a_low_rank(
@@ -242,6 +244,13 @@ def _recurrence(
     qkgt: mx.array, bias: mx.array, v: mx.array, state: mx.array, marks: mx.array | None
 ) -> tuple[mx.array, mx.array]:
     return selective_recurrence(qkgt, bias, v, 1e-5, state, marks)
+
+
+def _recurrence_of_longer_values(
+    qkgt: mx.array, bias: mx.array, v: mx.array, state: mx.array, marks: mx.array | None
+) -> tuple[mx.array, mx.array]:
+    more = -v.shape[1] % whole_chunks(v.shape[1], state.shape[1])
+    return _recurrence(qkgt, bias, mx.pad(v, [(0, 0), (0, more), (0, 0)]), state, marks)
 
 
 def _gradient(function: Callable[..., Any], batch: int, tokens: int, s: Sizes) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ FN float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 // x to the y, x >= 0: a third of powf's time, and as good where y log x is small.
 FN float power(float x, float y) { return expf(y * logf(fmaxf(x, 1e-37f))); }
 
-// What a token's mark says of it; marks are made in recurrence.py.
+// What a token's mark says of it; see rodimus_mlx/marks.py.
 FN bool is_padding(uint mark) { return mark == 0; }
 FN bool is_start(uint mark) { return mark == 2; }
 
