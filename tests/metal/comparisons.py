@@ -38,7 +38,7 @@ Outputs = dict[str, mx.array]
 
 def model_bound(case: str, dtype: mx.Dtype) -> float:
     """What the errors of a case must keep."""
-    return (GRADIENTS if case == "gradients" else MODELS)[dtype]
+    return (GRADIENTS if case.startswith("gradients") else MODELS)[dtype]
 
 
 def model_errors(case: str, block_type: str, dtype: mx.Dtype, backend: Wish) -> dict[str, float]:
@@ -95,14 +95,24 @@ def _batched(model: Model) -> Outputs:
 
 
 def _gradients(model: Model) -> Outputs:
-    """In training: the loss and its gradient in every parameter."""
+    """In training, with padding: the loss and its gradient in every parameter."""
+    mask = mx.array(np.arange(74) >= np.array([[0], [19]]))
+    return _loss_and_gradients(model, mask, mask=mask)
+
+
+def _packed_gradients(model: Model) -> Outputs:
+    """The same of packed documents."""
+    documents = np.searchsorted([1, 5, 40, 64, 65], np.arange(74), side="right")
+    return _loss_and_gradients(model, mx.ones((2, 74)), documents=mx.array(np.stack([documents, documents[::-1]])))
+
+
+def _loss_and_gradients(model: Model, weights: mx.array, **options: mx.array) -> Outputs:
     tokens = random_tokens(model, 2, 75)
-    mask = mx.array(np.arange(75) >= np.array([[0], [19]]))
 
     def loss(model: Model) -> mx.array:
-        logits = model(tokens[:, :-1], mask=mask[:, :-1]).astype(mx.float32)
+        logits = model(tokens[:, :-1], **options).astype(mx.float32)
         losses = nn.losses.cross_entropy(logits, tokens[:, 1:])
-        return (losses * mask[:, :-1]).sum() / mask[:, :-1].sum()
+        return (losses * weights).sum() / weights.sum()
 
     model.train()
     value, gradients = nn.value_and_grad(model, loss)(model)
@@ -122,4 +132,5 @@ CASES: dict[str, Callable[[Model], Outputs]] = {
     "packed documents": _packed,
     "joined batch": _batched,
     "gradients": _gradients,
+    "gradients, packed": _packed_gradients,
 }
