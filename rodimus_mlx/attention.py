@@ -154,11 +154,11 @@ class SharedKeyAttention(nn.Module):
     def _unfold(self, x: mx.array, heads: int) -> mx.array:
         """[B, 1, S, heads * head] -> [B, H, S, head]: query head i uses head i mod `heads`."""
         batch, _, length, _ = x.shape
-        x = x.reshape(batch, length, heads, self.head_dim).swapaxes(1, 2)
         if heads == 1:
             x = mx.broadcast_to(x, (batch, self.heads[0], length, self.head_dim))
             # cuDNN's gradient of the keys takes their layout, in which heads must not share one place
             return mx.contiguous(x) if self.training and active_backend() == "cuda" else x
+        x = x.reshape(batch, length, heads, self.head_dim).swapaxes(1, 2)
         return x if heads == self.heads[0] else mx.tile(x, (1, self.heads[0] // heads, 1, 1))
 
     def _attention(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) -> mx.array:
