@@ -46,8 +46,9 @@ def add_norm(
     def gradient(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
         (_, delta, weight), (d_total, d_normed) = primals, cotangents
         total = outputs[0]  # kept for the layers above anyway, unlike delta
-        backward = partial(launchers_backward.add_norm_backward, delta_dtype=delta.dtype)
-        big = backward(total, None, weight, eps, d_normed, d_total, backend)
+        big = launchers_backward.add_norm_backward(
+            total, None, weight, eps, d_normed, d_total, backend, delta_dtype=delta.dtype
+        )
         return *big, *_gradients(partial(plain.norm, total, eps=eps), d_normed, weight)
 
     run: Any = function
@@ -60,7 +61,7 @@ def norm(
     """RMSNorm of h (+ delta, which is not kept) [..., d] in the type of the weight."""
     backend = _backend(h)
     if backend is None:
-        return plain.norm(h, weight, delta, eps=eps)
+        return plain.norm(h, weight, eps, delta)
     if not differentiable:
         return launchers.add_norm(h, delta, weight, eps, False, backend)[1]
 
@@ -73,7 +74,7 @@ def norm(
         h, weight, *rest = primals
         delta = rest[0] if rest else None
         d_h, d_delta = launchers_backward.add_norm_backward(h, delta, weight, eps, d_normed, None, backend)
-        (d_weight,) = _gradients(lambda weight: plain.norm(h, weight, delta, eps=eps), d_normed, weight)
+        (d_weight,) = _gradients(partial(plain.norm, h, eps=eps, delta=delta), d_normed, weight)
         return (d_h, d_weight, d_delta)[: len(primals)]
 
     run: Any = function

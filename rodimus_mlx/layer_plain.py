@@ -16,10 +16,10 @@ from .pieces import split
 
 def add_norm(h: mx.array, delta: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
     total = h + delta
-    return total, norm(total, weight, eps=eps)
+    return total, norm(total, weight, eps)
 
 
-def norm(h: mx.array, weight: mx.array, delta: mx.array | None = None, *, eps: float) -> mx.array:
+def norm(h: mx.array, weight: mx.array, eps: float, delta: mx.array | None = None) -> mx.array:
     h = h if delta is None else h + delta
     return _rms_norm(h, weight, eps).astype(weight.dtype)
 

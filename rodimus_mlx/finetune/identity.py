@@ -12,11 +12,16 @@ from .data import Sample
 from .settings import Settings
 
 # Settings that change what is reported or how long a run is, but not what a step does.
-_FREE = frozenset(
-    {
-        *("val_batches", "report_every", "save_every", "early_stop", "report_to", "project_name", "epochs", "iters"),
-        "memory_limit",
-    }
+_FREE = (
+    "val_batches",
+    "report_every",
+    "save_every",
+    "early_stop",
+    "report_to",
+    "project_name",
+    "epochs",
+    "iters",
+    "memory_limit",
 )
 
 

@@ -150,7 +150,7 @@ def _cases(s: Sizes, dtype: mx.Dtype) -> Iterator[tuple[str, Callable[..., Any],
         inputs = (x(*double), x(*wide), x(values), x(batch, s.taps - 1, values), x(values, s.taps), x(values))
         yield "conv_gate" + kind, conv, inputs
         yield "conv_gate, whole chunks" + kind, partial(_conv_gate_in_chunks, marks=mark), inputs
-        yield "conv_gate gradient" + kind, *_conv_gate_gradient(inputs, mark)
+        yield "conv_gate gradient" + kind, _vjp(partial(_conv_gate_in_training, marks=mark), inputs), inputs
         yield "conv_gate, few tokens" + kind, *_few_through_a_low_rank(inputs, mark)
         few = min(tokens, 6)
         short = None if mark is None else mark[:, :few]
@@ -174,7 +174,7 @@ def _cases(s: Sizes, dtype: mx.Dtype) -> Iterator[tuple[str, Callable[..., Any],
         projections = _recurrence_inputs(s, dtype, 2.0)
         yield "recurrence" + kind, recurrence, projections
         yield "recurrence, longer values" + kind, partial(_recurrence_of_longer_values, marks=mark), projections
-        yield "recurrence gradient" + kind, _gradient(recurrence, batch, tokens, s), projections
+        yield "recurrence gradient" + kind, _vjp(recurrence, projections), projections
 
 
 def _norm_of_a_sum(h: mx.array, weight: mx.array, delta: mx.array) -> mx.array:
@@ -201,22 +201,12 @@ def _conv_gate_in_chunks(*inputs: mx.array, marks: mx.array | None) -> tuple[mx.
     return c, mx.pad(v, [(0, 0), (0, -v.shape[1] % 16), (0, 0)]), tail
 
 
-def _conv_gate_gradient(
-    inputs: tuple[mx.array, ...], marks: mx.array | None
-) -> tuple[Callable[..., Any], tuple[mx.array, ...]]:
-    """The gradients of conv_gate's c and v in x, u and the rest, as training takes them."""
-    u = inputs[1]
-    cotangents = [_normal(*u.shape).astype(u.dtype) for _ in range(2)]
-
-    def run(xz: mx.array, *rest: mx.array) -> list[mx.array]:
-        def forward(x: mx.array, *rest: mx.array) -> tuple[mx.array, mx.array]:
-            function: Any = partial(layer_ops.conv_gate, marks=marks, x=x)
-            c, v, _ = function(xz, *rest)
-            return c, v.astype(c.dtype)
-
-        return mx.vjp(forward, [xz[..., : u.shape[2]], *rest], cotangents)[1]
-
-    return run, inputs
+def _conv_gate_in_training(xz: mx.array, *rest: mx.array, marks: mx.array | None) -> tuple[mx.array, mx.array]:
+    """c and v as training takes them; v in c's type, which kernels keep it in."""
+    x, _ = split(xz, xz.shape[-1] // 2)
+    function: Any = partial(layer_ops.conv_gate, marks=marks, x=x)
+    c, v, _ = function(xz, *rest)
+    return c, v.astype(c.dtype)
 
 
 def _few_through_a_low_rank(
@@ -251,15 +241,6 @@ def _recurrence_of_longer_values(
 ) -> tuple[mx.array, mx.array]:
     more = -v.shape[1] % whole_chunks(v.shape[1], state.shape[1])
     return _recurrence(qkgt, bias, mx.pad(v, [(0, 0), (0, more), (0, 0)]), state, marks)
-
-
-def _gradient(function: Callable[..., Any], batch: int, tokens: int, s: Sizes) -> Callable[..., Any]:
-    cotangents = (_normal(batch, tokens, s.values), _normal(batch, s.keys, s.values))
-
-    def loss(*inputs: mx.array) -> mx.array:
-        return sum((a * b).sum() for a, b in zip(function(*inputs), cotangents))
-
-    return mx.grad(loss, argnums=(0, 1, 2, 3))
 
 
 def _recurrence_inputs(s: Sizes, dtype: mx.Dtype, strength: float) -> tuple[mx.array, mx.array, mx.array, mx.array]:

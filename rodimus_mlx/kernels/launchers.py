@@ -58,9 +58,13 @@ def scalar(value: float) -> mx.array:
     return mx.array([value], dtype=mx.float32)
 
 
+def given(marks: mx.array | None) -> mx.array:
+    """The marks, or what stands in for them where every token is real."""
+    return _no_marks() if marks is None else marks
+
+
 @lru_cache(maxsize=1)
-def no_marks() -> mx.array:
-    """Stands in for marks where every token is real."""
+def _no_marks() -> mx.array:
     return mx.array([1], dtype=mx.uint8)  # made of a constant: an operation here would join the graph at hand
 
 
@@ -71,6 +75,11 @@ def ceil(a: int, b: int) -> int:
 def row_threads(width: int) -> int:
     """Threads for a row: eight values each, whole simdgroups."""
     return min(1024, ceil(width, 256) * 32)
+
+
+def conv_block(length: int) -> tuple[int, int]:
+    """Tokens a thread of the convolution's kernels takes, and threads of a threadgroup."""
+    return (1, 32) if length < CONV_BLOCK else (CONV_BLOCK, 128)
 
 
 def conv_gate(
@@ -94,8 +103,7 @@ def conv_gate(
     batch, length = u.shape[:2]
     inner, taps = weight.shape
     rows = ceil(length, whole) * whole
-    block = 1 if length < CONV_BLOCK else CONV_BLOCK
-    threads = 128 if length >= CONV_BLOCK else 32
+    block, threads = conv_block(length)
     c, v, next_tail = _conv_gate(
         [
             xz,
@@ -105,7 +113,7 @@ def conv_gate(
             value_bias if expand is None else expand,
             weight,
             bias,
-            no_marks() if marks is None else marks,
+            given(marks),
         ],
         groups=(ceil(inner // 4, threads), ceil(rows, block), batch),
         threads=threads,
@@ -149,7 +157,7 @@ def step(
             xz,
             residual_weight,
             state,
-            no_marks() if marks is None else marks,
+            given(marks),
         ],
         groups=(ceil(inner, 32), 1, batch),
         threads=256,
@@ -187,7 +195,7 @@ def prepare(
     strip, parts = min(tile, PREPARE_STRIP), 16
     chunks = ceil(length, chunk)
     a, q, k, total = _prepare(
-        [qkgt, gate_bias, scalar(norm_floor), no_marks() if marks is None else marks],
+        [qkgt, gate_bias, scalar(norm_floor), given(marks)],
         groups=(chunk // strip, chunks, batch),
         threads=parts * strip,
         output_shapes=[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from .launch import Backend, Kernel
-from .launchers import CONV_BLOCK, SHARED, ceil, no_marks, row_threads, scalar, tile_size
+from .launchers import SHARED, ceil, conv_block, given, row_threads, scalar, tile_size
 
 _conv_gate_backward = Kernel(
     "rodimus_conv_gate_backward",
@@ -59,10 +59,9 @@ def conv_gate_backward(
 ) -> tuple[mx.array, mx.array]:
     """Gradients of `conv_gate`'s c and v, [B, T, D] each -> those of x and u, [B, T, D], in their types."""
     batch, length, inner = u.shape
-    block = 1 if length < CONV_BLOCK else CONV_BLOCK
-    threads = 128 if length >= CONV_BLOCK else 32
+    block, threads = conv_block(length)
     d_x, d_u = _conv_gate_backward(
-        [xz, u, value_bias, tail, weight, bias, no_marks() if marks is None else marks, d_c, d_v],
+        [xz, u, value_bias, tail, weight, bias, given(marks), d_c, d_v],
         groups=(ceil(inner // 4, threads), ceil(length, block), batch),
         threads=threads,
         output_shapes=[u.shape, u.shape],
@@ -93,7 +92,7 @@ def prepare_backward(
             qkgt,
             gate_bias,
             scalar(norm_floor),
-            no_marks() if marks is None else marks,
+            given(marks),
             d_a,
             d_q,
             d_k,
