@@ -16,17 +16,8 @@ if (d < uint(D)) {
   const size_t v_row = size_t(group.z) * v_length;
   const int begin = int(group.y) * BLOCK;
   float window[(BLOCK + K - 1) * 4];  // the inputs from K - 1 before the block through its end
-  UNROLL
-  for (int i = 0; i < BLOCK + K - 1; i++) {
-    const int t = begin + i - (K - 1);
-    if (t < 0) {
-      load4(tail + (size_t(group.z) * (K - 1) + (t + K - 1)) * D + d, window + 4 * i);
-    } else if (t < length && (!MARKS || !is_padding(marks[row + t]))) {
-      load4(xz + (row + t) * (2 * D) + d, window + 4 * i);
-    } else {
-      window[4 * i] = window[4 * i + 1] = window[4 * i + 2] = window[4 * i + 3] = 0.0f;
-    }
-  }
+  load_inputs<D, K, BLOCK + K - 1, MARKS>(
+      xz + row * (2 * D) + d, tail + size_t(group.z) * (K - 1) * D + d, marks + row, begin, length, window);
   float gate[4 * BLOCK];  // all loads come before the first store, which the compiler may not move them over
   UNROLL
   for (int i = 0; i < BLOCK; i++) {
@@ -53,12 +44,7 @@ if (d < uint(D)) {
   for (int i = 0; i < K; i++) {
     load4(weight + d * K + 4 * i, taps + 4 * i);
   }
-  int age = K;  // tokens since the document's start, as far as the taps reach
-  if (MARKS) {
-    for (int i = K - 1; i > 0; i--) {
-      age = begin - i >= 0 && begin - i < length && is_start(marks[row + begin - i]) ? 0 : age + 1;
-    }
-  }
+  int age = age_before<K, MARKS>(marks + row, begin, length);
   UNROLL
   for (int i = 0; i < BLOCK; i++) {
     const int t = begin + i;
@@ -66,11 +52,7 @@ if (d < uint(D)) {
       age = MARKS && is_start(marks[row + t]) ? 0 : age + 1;
       float sum[4];
       for (int e = 0; e < 4; e++) {
-        sum[e] = shift[e];
-        for (int tap = 0; tap < K; tap++) {
-          sum[e] += (!MARKS || K - 1 - tap <= age) ? taps[e * K + tap] * window[4 * (i + tap) + e] : 0.0f;
-        }
-        sum[e] = silu(sum[e]);
+        sum[e] = silu(convolve<K, MARKS>(taps + e * K, window + 4 * i + e, shift[e], age));
         gate[4 * i + e] = sigmoid_fast(gate[4 * i + e] + value_shift[e]) * window[4 * (i + K - 1) + e];
       }
       store4(c + (row + t) * D + d, sum);

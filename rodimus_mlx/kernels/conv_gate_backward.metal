@@ -14,17 +14,8 @@ if (d < uint(D)) {
   const size_t row = size_t(group.z) * length;
   const int begin = int(group.y) * BLOCK;
   float window[(SPAN + K - 1) * 4];  // the inputs from K - 1 before the block through the end of its span
-  UNROLL
-  for (int i = 0; i < SPAN + K - 1; i++) {
-    const int t = begin + i - (K - 1);
-    if (t < 0) {
-      load4(tail + (size_t(group.z) * (K - 1) + (t + K - 1)) * D + d, window + 4 * i);
-    } else if (t < length && (!MARKS || !is_padding(marks[row + t]))) {
-      load4(xz + (row + t) * (2 * D) + d, window + 4 * i);
-    } else {
-      window[4 * i] = window[4 * i + 1] = window[4 * i + 2] = window[4 * i + 3] = 0.0f;
-    }
-  }
+  load_inputs<D, K, SPAN + K - 1, MARKS>(
+      xz + row * (2 * D) + d, tail + size_t(group.z) * (K - 1) * D + d, marks + row, begin, length, window);
   float d_sum[4 * SPAN];  // of what silu takes
   UNROLL
   for (int i = 0; i < SPAN; i++) {
@@ -51,20 +42,12 @@ if (d < uint(D)) {
   for (int i = 0; i < K; i++) {
     load4(weight + d * K + 4 * i, taps + 4 * i);
   }
-  int age = K;  // tokens since the document's start, as far as the taps reach
-  if (MARKS) {
-    for (int i = K - 1; i > 0; i--) {
-      age = begin - i >= 0 && begin - i < length && is_start(marks[row + begin - i]) ? 0 : age + 1;
-    }
-  }
+  int age = age_before<K, MARKS>(marks + row, begin, length);
   UNROLL
   for (int i = 0; i < SPAN; i++) {
     age = MARKS && begin + i < length && is_start(marks[row + begin + i]) ? 0 : age + 1;
     for (int e = 0; e < 4; e++) {
-      float sum = shift[e];
-      for (int tap = 0; tap < K; tap++) {
-        sum += (!MARKS || K - 1 - tap <= age) ? taps[e * K + tap] * window[4 * (i + tap) + e] : 0.0f;
-      }
+      const float sum = convolve<K, MARKS>(taps + e * K, window + 4 * i + e, shift[e], age);
       const float s = sigmoid_fast(sum);
       d_sum[4 * i + e] *= s * (1.0f + sum * (1.0f - s));
     }

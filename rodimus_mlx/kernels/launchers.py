@@ -17,12 +17,13 @@ CONV_BLOCK = 4  # tokens a thread convolves, where there are that many
 PREPARE_STRIP = 32  # tokens of a threadgroup of prepare, at most
 
 SHARED = ["gates.metal"]
+CONV = [*SHARED, "conv.metal"]
 _conv_gate = Kernel(
     "rodimus_conv_gate",
     inputs=["xz", "u", "value_bias", "tail", "expand", "weight", "bias", "marks"],
     outputs=["c", "v", "next_tail"],
     body="conv_gate.metal",
-    helpers=SHARED,
+    helpers=CONV,
 )
 _step = Kernel(
     "rodimus_step",

@@ -5,14 +5,14 @@ from __future__ import annotations
 import mlx.core as mx
 
 from .launch import Backend, Kernel
-from .launchers import SHARED, ceil, conv_block, given, row_threads, scalar, tile_size
+from .launchers import CONV, SHARED, ceil, conv_block, given, row_threads, scalar, tile_size
 
 _conv_gate_backward = Kernel(
     "rodimus_conv_gate_backward",
     inputs=["xz", "u", "value_bias", "tail", "weight", "bias", "marks", "d_c", "d_v"],
     outputs=["d_x", "d_u"],
     body="conv_gate_backward.metal",
-    helpers=SHARED,
+    helpers=CONV,
 )
 _prepare_backward = Kernel(
     "rodimus_prepare_backward",
