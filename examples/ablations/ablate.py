@@ -114,7 +114,7 @@ def text(args: argparse.Namespace) -> None:
 
 def cut(samples: Sequence[Sample], length: int) -> list[Sample]:
     """The samples' first ``length`` inputs and targets."""
-    return [Sample(each.tokens[: length + 1], each.learn[:length]) for each in samples]
+    return [each.part(0, length) for each in samples]
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def assemble(samples: Sequence[Sample], rows: Sequence[Sequence[int]], seq_len: 
         for number, i in enumerate(row):
             each = samples[i]
             end = begin + each.length
-            tokens[r, begin:end], targets[r, begin:end] = each.tokens[:-1], each.tokens[1:]
+            tokens[r, begin:end], targets[r, begin:end] = each.tokens[:-1], each.targets
             weights[r, begin:end] = each.learn
             documents[r, begin:end] = number
             begin = end

@@ -28,11 +28,22 @@ class Sample(NamedTuple):
 
     tokens: np.ndarray  # [n + 1] int32: n inputs, and the target of each is the next token
     learn: np.ndarray  # [n] bool: which targets count
+    others: np.ndarray | None = None  # [n] int32: targets that are not the next tokens, for tasks that are no text
+
+    @property
+    def targets(self) -> np.ndarray:
+        """What to predict from each input, [n] int32."""
+        return self.tokens[1:] if self.others is None else self.others
 
     @property
     def length(self) -> int:
         """Inputs, which is what a row must hold."""
         return len(self.learn)
+
+    def part(self, begin: int, end: int) -> Sample:
+        """Some of its inputs, with their targets."""
+        others = None if self.others is None else self.others[begin:end]
+        return Sample(self.tokens[begin : end + 1], self.learn[begin:end], others)
 
 
 class Record(NamedTuple):
@@ -114,8 +125,8 @@ def fit(samples: Sequence[Sample], seq_len: int, long: str) -> list[Sample]:
     lost = 0
     for each in samples:
         stop = each.length if long == "split" else 1
-        cut = [slice(begin, begin + seq_len) for begin in range(0, stop, seq_len)]
-        pieces = [Sample(each.tokens[c.start : c.stop + 1], each.learn[c]) for c in cut if each.learn[c].any()]
+        cut = [each.part(begin, begin + seq_len) for begin in range(0, stop, seq_len)]
+        pieces = [piece for piece in cut if piece.learn.any()]
         result += pieces
         lost += not pieces
     if lost:

@@ -31,6 +31,8 @@ def identity(settings: Settings, samples: Sequence[Sample], processes: int, iter
     for each in samples:
         digest.update(each.tokens.tobytes())
         digest.update(each.learn.tobytes())
+        if each.others is not None:
+            digest.update(each.others.tobytes())
     chosen = {name: value for name, value in settings.to_dict().items() if name not in _FREE}
     return {"settings": {**chosen, "iters": iters}, "processes": processes, "data": digest.hexdigest()}
 

@@ -17,14 +17,20 @@ def made():
 
 
 def test_every_key_is_asked_once_and_answered_by_its_value(made):
-    for tokens, learn in zip(*made):
+    for tokens, learn, answers in zip(*made):
         keys, values = tokens[: 2 * PAIRS : 2], tokens[1 : 2 * PAIRS : 2]
         asked = np.flatnonzero(learn)
         assert len(set(keys)) == PAIRS
         assert keys.max() < VOCAB // 2 <= values.min()
         assert sorted(tokens[asked]) == sorted(keys)
-        assert [dict(zip(keys, values))[key] for key in tokens[asked]] == tokens[asked + 1].tolist()
+        assert [dict(zip(keys, values))[key] for key in tokens[asked]] == answers[asked].tolist()
         assert asked.min() >= 2 * PAIRS
+
+
+def test_an_answer_does_not_follow_its_question(made):
+    tokens, learn, answers = made
+    shown = (tokens[:, 1:] == answers)[learn].mean()
+    assert shown < 3 / VOCAB, "no oftener than a random word is"
 
 
 def test_early_places_are_asked_more_often(made):
@@ -34,7 +40,7 @@ def test_early_places_are_asked_more_often(made):
 
 
 def test_all_places_are_asked_where_there_are_no_more(made):
-    tokens, learn = mqar.sequences(3, 4 * PAIRS, PAIRS, VOCAB, np.random.default_rng(0))
+    tokens, learn, _ = mqar.sequences(3, 4 * PAIRS, PAIRS, VOCAB, np.random.default_rng(0))
     assert tokens.shape == (3, 4 * PAIRS + 1)
     assert (learn.sum(axis=1) == PAIRS).all()
 
@@ -45,7 +51,7 @@ def test_too_many_pairs_are_refused():
 
 
 def test_a_perfect_and_a_blind_model_are_told_apart(made):
-    answers = {row[:-1].tobytes(): row[1:] for row in made[0]}
+    answers = {row[:-1].tobytes(): answer for row, answer in zip(made[0], made[2])}
 
     def perfect(tokens):
         return mx.array(np.eye(VOCAB)[[answers[np.array(row).tobytes()] for row in tokens]])
@@ -103,4 +109,5 @@ def test_training_has_short_sequences_too_as_many_tokens_of_each():
     lengths, counts = np.unique([sample.length for sample in samples], return_counts=True)
     assert lengths.tolist() == [4, 16, 32, 64]
     assert (lengths * counts == 640).all()
+    assert all((sample.targets[sample.learn] >= 40).all() for sample in samples)
     assert {sample.length: int(sample.learn.sum()) for sample in samples} == {4: 1, 16: 4, 32: 8, 64: 16}
