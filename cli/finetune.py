@@ -107,7 +107,10 @@ def run(
         typer.Option("--grad-checkpoint", help="Less memory, but slower: blocks are computed twice."),
     ] = None,
     memory_limit: Annotated[
-        Number, typer.Option(metavar="GB", help="Wait for work in flight rather than hold more memory.")
+        Number,
+        typer.Option(
+            metavar="GB", help="Wait for work in flight rather than hold more.  [default: a step's and a bit]"
+        ),
     ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="What to compute in.  [default: the model's; float32 on a CPU]")

@@ -62,6 +62,11 @@ class Plan:
         """How many batches an epoch takes."""
         return -(-len(self.rows) // self.rows_in_batch)
 
+    @property
+    def longest_row(self) -> int:
+        """Positions of the longest row, padding included."""
+        return self.seq_len or rounded(int(self.lengths.max()))
+
     def rows_of(self, number: int) -> list[int]:
         """The rows of a batch."""
         epoch, place = divmod(number, self.batches_in_epoch)

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ..convert.mapping import count_parameters
 from ..errors import RodimusError
-from .batches import Plan, rounded
+from .batches import Plan
 from .memory import advice, available, predict_peak
 from .parameters import Parameters
 from .settings import Settings
@@ -20,7 +20,7 @@ def outlook(model: Any, parameters: Parameters, plan: Plan, settings: Settings, 
     """Sizes of the model, the data, an epoch and a step, and the predicted peak memory."""
     trainable = sum(p.size for p in parameters.values())
     limit = available(settings.memory_limit)
-    longest = settings.seq_len if settings.packing else rounded(int(plan.lengths.max()))
+    longest = plan.longest_row
     return {
         "method": settings.method,
         "trainable": trainable,

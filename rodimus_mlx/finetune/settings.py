@@ -62,7 +62,7 @@ class Settings:
     mask_prompt: bool = False  # learn the answer alone
     chat: bool | None = None  # put prompt and completion as a chat; None: if the model is a chat model
     grad_checkpoint: bool = False
-    memory_limit: float = 0.0  # GB, above which MLX waits for work in flight before it starts more; 0: MLX's own
+    memory_limit: float = 0.0  # GB, above which MLX waits for work in flight before it starts more; 0: `usual_limit`
     dtype: str = "auto"  # of the computation; what is trained is float32
     seed: int = 0
     val_batches: int = 25  # -1: all

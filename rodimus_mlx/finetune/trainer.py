@@ -27,7 +27,7 @@ from .data import Sample
 from .dropout import key_dropouts
 from .evaluate import evaluate
 from .identity import identity, refuse_changes
-from .memory import limited
+from .memory import limited, usual_limit
 from .methods import prepare
 from .optimizer import build_optimizer, learning_rate
 from .outlook import outlook, refuse_small_disk
@@ -87,7 +87,7 @@ def train(
     run = _Run(model, samples, settings, valid, None if out is None else Path(out), list(observers), places or {})
     if resume:
         run.resume()
-    with limited(settings.memory_limit):
+    with limited(run.memory_limit()):
         return run.go()
 
 
@@ -211,6 +211,16 @@ class _Run:
         result = Result(self.step, self.facts.get("loss", math.nan), *best, stopped)
         self.tell("end", **vars(result))
         return result
+
+    def memory_limit(self) -> int:
+        """Bytes above which MLX waits for work in flight."""
+        s = self.settings
+        if s.memory_limit:
+            return int(1e9 * s.memory_limit)
+        own = [named(self.model.parameters()), self.parameters, named(self.optimizer_state)]
+        others = mx.get_active_memory() - sum(x.nbytes for arrays in own for x in arrays.values())
+        trainable = sum(p.size for p in self.parameters.values())
+        return max(others, 0) + usual_limit(self.model, trainable, s, self.dtype, self.plan.longest_row)
 
     def begin(self) -> None:
         """Say what is to come, while nothing is spent on it yet."""

@@ -210,6 +210,28 @@ def test_a_memory_limit_holds_for_the_run_and_no_longer():
     assert seen[0] == ("start", 250_000_000, 250_000_000)
 
 
+def test_without_a_limit_a_run_holds_what_a_step_needs_and_some_work_in_flight():
+    before = mx.set_memory_limit(10**12)
+    seen = []
+
+    def look(event):
+        limit = mx.set_memory_limit(10**12)
+        mx.set_memory_limit(limit)
+        seen.append((limit, event.get("peak_memory")))
+
+    others = mx.zeros(10**8, mx.float32)
+    mx.eval(others)
+    try:
+        choices = Settings(iters=1, batch_size=1, seq_len=16)
+        train(small_model(), [sample(np.arange(9))], choices, observers=[look])
+        assert mx.set_memory_limit(before) == 10**12
+    finally:
+        mx.set_memory_limit(before)
+    limit, foretold = seen[0]
+    assert {each for each, _ in seen} == {limit}
+    assert limit - foretold == pytest.approx(others.nbytes + 10**9, rel=0.01)
+
+
 def test_advice_where_memory_is_short():
     model, settings = small_model(n_layer=12), Settings(seq_len=4096)
     choices = (model, 1000, settings, mx.float32, 4096)
