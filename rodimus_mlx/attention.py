@@ -115,10 +115,7 @@ class SharedKeyAttention(nn.Module):
                 qk, self.rope_dims, traditional=False, base=self.rope_base, scale=1.0, offset=offset
             )  # [B, H + Hk, T, head]
         q, k = split(qk, num_heads, 1, self.training)
-        k, v = self._fold(k), v[:, None]
-        if length > 1:  # a cache that keeps a view keeps all that it is a view of
-            k, v = mx.contiguous(k), mx.contiguous(v)
-        return q, k, v
+        return q, self._fold(k), v[:, None]
 
     def attend(
         self,
@@ -135,6 +132,8 @@ class SharedKeyAttention(nn.Module):
         """
         starts = None
         length = q.shape[2]
+        if length > 1 and getattr(cache, "keys", None) is None:
+            k, v = mx.contiguous(k), mx.contiguous(v)  # a cache that keeps a view keeps all that it is a view of
         if cache is not None:
             k, v = update(cache, k, v)
             starts = getattr(cache, "left_padding", None)  # the first real key of each row, in a batch
