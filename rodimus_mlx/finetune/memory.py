@@ -20,8 +20,9 @@ from .settings import Settings
 # 2.2 was measured for both kinds of block, with and without recomputing; a GPU's kernels keep little but their inputs.
 _KEPT = {mx.gpu: 1.0, mx.cpu: 2.2}
 # Work in flight that a run may hold besides what a step needs: that of so many blocks, or bytes. LoRA of the 1.6B loses
-# 4% of its speed by it on an H100, and a fifth of its memory.
+# 4% of its speed by it on an H100, and a fifth of its memory. A small part of the machine's memory is held anyway.
 _BLOCKS_IN_FLIGHT, _BYTES_IN_FLIGHT = 6, 10**9
+_SMALL_PART = 4
 _OPTIMIZER_ARRAYS = {"adamw": 2, "adam": 2, "muon": 1, "sgd": 1, "adafactor": 1}  # as large as what is trained
 
 
@@ -42,10 +43,11 @@ def predict_peak(model: Any, trainable: int, settings: Settings, dtype: mx.Dtype
 
 
 def usual_limit(model: Any, trainable: int, settings: Settings, dtype: mx.Dtype, longest: int) -> int:
-    """Bytes for a step and some work in flight behind it; arguments as of `predict_peak`."""
+    """Bytes for a step and some work in flight, or a quarter of what there is; arguments as of `predict_peak`."""
     row = min(longest, settings.segment) if settings.segment else longest
     block = settings.batch_size * row * _block(model.args, dtype.size)
-    return predict_peak(model, trainable, settings, dtype, longest) + max(_BLOCKS_IN_FLIGHT * block, _BYTES_IN_FLIGHT)
+    step = predict_peak(model, trainable, settings, dtype, longest)
+    return max(step + max(_BLOCKS_IN_FLIGHT * block, _BYTES_IN_FLIGHT), available() // _SMALL_PART)
 
 
 @contextmanager
