@@ -1,6 +1,6 @@
 """What the gates are worth: the same training with and without each of them (gates.py says how).
 
-    python ablate.py recall --mem-size 64 --block rodimus --length 256 --pairs 64 --steps 1000
+    python ablate.py recall --mem-size 16 --block rodimus
     python ablate.py text CONFIG TOKENS --steps 1000 --seq-len 512
 
 `recall` takes the options of ../mqar/mqar.py and prints accuracies; `text` takes a config of ../train_small and the

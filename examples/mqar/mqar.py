@@ -1,11 +1,11 @@
 """Multi-query associative recall (MQAR): how much does a state of a given size remember?
 
-    python mqar.py --mem-size 16 64 256 --block rodimus rodimus_plus --seeds 2 --out mqar.jsonl
+    python mqar.py --mem-size 16 64 256 --block rodimus rodimus_plus --seeds 3 --out mqar.jsonl
 
 A sequence lists key-value pairs, then asks for every key's value once. Two-layer models are trained from scratch, on
 sequences of --length with --pairs and on shorter ones with fewer, and measured on new ones of --length. The task is
-that of "Zoology: Measuring and Improving Recall in Efficient Language Models" (arXiv 2312.04927), with the length and
-the pairs of the Rodimus paper's figure, 1,024 and 256, but fewer words: 1,024 instead of 8,192.
+that of "Zoology: Measuring and Improving Recall in Efficient Language Models" (arXiv 2312.04927), by default at a size
+for two cores. The Rodimus paper's figure has --length 1024 --pairs 256 --vocab-size 8192.
 
 Every finished run is a line in --out; a later call with the same settings goes on after those. With --seconds the
 speed is measured first, and all runs get as many steps, up to --steps, as fit in that time together.
@@ -73,15 +73,15 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--mem-size", type=int, nargs="+", default=[16, 64, 256], help="n, the state is n x 2d")
     parser.add_argument("--block", nargs="+", default=["rodimus", "rodimus_plus"])
     parser.add_argument("--seeds", type=int, default=1, help="of the weights and the batches")
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--pairs", type=int, default=256)
-    parser.add_argument("--vocab-size", type=int, default=1024)
-    parser.add_argument("--d-model", type=int, default=128)
-    parser.add_argument("--window", type=int, default=64, help="W of Rodimus+: a token sees W // 2 + 1")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=16000, help="of --length, to train on")
-    parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--vocab-size", type=int, default=160)
+    parser.add_argument("--d-model", type=int, default=64)
+    parser.add_argument("--window", type=int, default=32, help="W of Rodimus+: a token sees W // 2 + 1")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=12000, help="of --length, to train on")
+    parser.add_argument("--learning-rate", type=float, default=1.2e-2)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--seconds", type=float, help="take about so long in all: fewer steps where need be")
     parser.add_argument("--out", type=Path, help="file of finished runs, .jsonl, added to")
