@@ -54,9 +54,12 @@ def usual_limit(model: Any, trainable: int, settings: Settings, dtype: mx.Dtype,
 def limited(most: int) -> Iterator[None]:
     """Within it MLX waits for work in flight, whose arrays it holds, rather than going above so many bytes.
 
-    What one step needs at once is needed still: a limit below that only makes the run slow.
+    What one step needs at once is needed still: a limit below that only makes the run slow. A lower one of the caller's
+    stays.
     """
     before = mx.set_memory_limit(most)
+    if 0 < before < most:
+        mx.set_memory_limit(before)
     try:
         yield
     finally:

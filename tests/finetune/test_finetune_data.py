@@ -137,6 +137,14 @@ def test_long_samples_are_cut_and_said():
     assert same.tokens.tolist() == [0, 1, 2]
 
 
+def test_pieces_keep_targets_that_are_not_the_next_tokens():
+    whole = sample(range(9))._replace(others=np.arange(100, 108))
+    with pytest.warns(RodimusWarning):
+        pieces = fit([whole], 5, "split")
+    assert [piece.targets.tolist() for piece in pieces] == [[100, 101, 102, 103, 104], [105, 106, 107]]
+    assert [piece.tokens.tolist() for piece in pieces] == [[0, 1, 2, 3, 4, 5], [5, 6, 7, 8]]
+
+
 def test_long_samples_are_split_into_pieces_with_every_target():
     with pytest.warns(RodimusWarning, match=": split"):
         pieces = fit([sample(range(11), learn_from=6)], 4, "split")

@@ -210,6 +210,15 @@ def test_a_memory_limit_holds_for_the_run_and_no_longer():
     assert seen[0] == ("start", 250_000_000, 250_000_000)
 
 
+def test_a_lower_limit_of_the_callers_stays():
+    before = mx.set_memory_limit(5 * 10**8)
+    try:
+        with memory.limited(10**9):
+            assert mx.set_memory_limit(5 * 10**8) == 5 * 10**8
+    finally:
+        mx.set_memory_limit(before)
+
+
 @pytest.mark.parametrize("there", [10**9, 100 * 10**9])
 def test_without_a_limit_a_run_holds_what_a_step_needs_and_some_work_in_flight(there, monkeypatch):
     monkeypatch.setattr(memory, "_available", lambda: there)
