@@ -35,7 +35,7 @@ def predict_peak(model: Any, trainable: int, settings: Settings, dtype: mx.Dtype
     """
     frozen = sum(p.nbytes for p in named(model.parameters()).values())
     copies = 4 * (2 + _OPTIMIZER_ARRAYS[settings.optimizer]) + dtype.size  # weights, gradients, optimizer; rounded
-    row = min(longest, settings.segment) if settings.segment else longest
+    row = _row(settings, longest)
     tokens = settings.batch_size * row
     logits = min(tokens, tokens_in_part(model.args.vocab_size, dtype)) * model.args.vocab_size * dtype.size
     activations = _activations(model.args, settings, dtype, settings.batch_size, row)
@@ -44,8 +44,7 @@ def predict_peak(model: Any, trainable: int, settings: Settings, dtype: mx.Dtype
 
 def usual_limit(model: Any, trainable: int, settings: Settings, dtype: mx.Dtype, longest: int) -> int:
     """Bytes for a step and some work in flight, or a quarter of what there is; arguments as of `predict_peak`."""
-    row = min(longest, settings.segment) if settings.segment else longest
-    block = settings.batch_size * row * _block(model.args, dtype.size)
+    block = settings.batch_size * _row(settings, longest) * _block(model.args, dtype.size)
     step = predict_peak(model, trainable, settings, dtype, longest)
     return max(step + max(_BLOCKS_IN_FLIGHT * block, _BYTES_IN_FLIGHT), available() // _SMALL_PART)
 
@@ -93,6 +92,11 @@ def advice(model: Any, trainable: int, settings: Settings, dtype: mx.Dtype, long
         if predict_peak(model, trainable, changed, dtype, longest) <= limit:
             return f"try {options}"
     return "use a smaller or a quantized model"
+
+
+def _row(settings: Settings, longest: int) -> int:
+    """Positions of a row that are taken together."""
+    return min(longest, settings.segment) if settings.segment else longest
 
 
 def _activations(c: RodimusConfig, settings: Settings, dtype: mx.Dtype, rows: int, length: int) -> int:

@@ -12,13 +12,13 @@ from ..convert.mapping import count_parameters
 from ..errors import RodimusError
 from .batches import Plan
 from .memory import advice, available, predict_peak
-from .parameters import Parameters
+from .parameters import Parameters, count
 from .settings import Settings
 
 
 def outlook(model: Any, parameters: Parameters, plan: Plan, settings: Settings, dtype: mx.Dtype) -> dict[str, Any]:
     """Sizes of the model, the data, an epoch and a step, and the predicted peak memory."""
-    trainable = sum(p.size for p in parameters.values())
+    trainable = count(parameters)
     limit = available(settings.memory_limit)
     longest = plan.longest_row
     return {

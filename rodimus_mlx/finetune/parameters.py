@@ -19,6 +19,11 @@ def named(tree: Any) -> Parameters:
     return cast(Parameters, dict(tree_flatten(tree)))
 
 
+def count(parameters: Parameters) -> int:
+    """How many numbers they are."""
+    return sum(p.size for p in parameters.values())
+
+
 def nested(parameters: Parameters) -> Any:
     """The tree of modules that the names spell."""
     return tree_unflatten(list(parameters.items()))

@@ -31,7 +31,7 @@ from .memory import limited, usual_limit
 from .methods import prepare
 from .optimizer import build_optimizer, learning_rate
 from .outlook import outlook, refuse_small_disk
-from .parameters import Parameters, named, nested, read, take
+from .parameters import Parameters, count, named, nested, read, take
 from .recompute import recompute_layers
 from .segments import empty_memory
 from .settings import Settings
@@ -219,7 +219,7 @@ class _Run:
             return int(1e9 * s.memory_limit)
         own = [named(self.model.parameters()), self.parameters, named(self.optimizer_state)]
         others = mx.get_active_memory() - sum(x.nbytes for arrays in own for x in arrays.values())
-        trainable = sum(p.size for p in self.parameters.values())
+        trainable = count(self.parameters)
         return max(others, 0) + usual_limit(self.model, trainable, s, self.dtype, self.plan.longest_row)
 
     def begin(self) -> None:
