@@ -12,7 +12,8 @@ import mlx.nn as nn
 from .cache import update
 from .config import RodimusConfig
 from .kernels.backend import active_backend
-from .pieces import split, windows
+from .layer_ops import split_heads
+from .pieces import windows
 
 QUERY_BLOCK = 1024  # queries that share one block of scores, at most; a narrow window gets narrower blocks
 BAND_BLOCK = 256  # queries in a block of a band, whose blocks all see as many keys
@@ -105,17 +106,7 @@ class SharedKeyAttention(nn.Module):
 
         Returns: q [B, H, T, head], k [B, 1, T, Hk * head] and v [B, 1, T, Hv * head].
         """
-        batch, length, _ = x.shape
-        num_heads, num_k, _ = self.heads
-        qkv = self.qkv_proj(x)
-        qk, v = split(qkv, (num_heads + num_k) * self.head_dim, -1, self.training)
-        qk = qk.reshape(batch, length, num_heads + num_k, self.head_dim).swapaxes(1, 2)
-        if self.rope_dims:
-            qk = mx.fast.rope(
-                qk, self.rope_dims, traditional=False, base=self.rope_base, scale=1.0, offset=offset
-            )  # [B, H + Hk, T, head]
-        q, k = split(qk, num_heads, 1, self.training)
-        return q, self._fold(k), v[:, None]
+        return split_heads(self.qkv_proj(x), offset, self.heads, self.rope_dims, self.rope_base, self.training)
 
     def attend(
         self,
@@ -140,11 +131,6 @@ class SharedKeyAttention(nn.Module):
         if full or (length == 1 and cache is not None):
             return self._attention(q, *self._heads(k, v), None if masks is None else masks.single)
         return self._banded_attention(q, k, v, masks or AttentionMasks(), starts)
-
-    def _fold(self, x: mx.array) -> mx.array:
-        """[B, heads, T, head] -> [B, 1, T, heads * head]."""
-        batch, heads, length, _ = x.shape
-        return x if heads == 1 else x.swapaxes(1, 2).reshape(batch, 1, length, -1)
 
     def _heads(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         """Keys and values [B, 1, S, heads * head], each with its own number of heads -> [B, H, S, head]."""
@@ -223,7 +209,7 @@ class SharedKeyAttention(nn.Module):
         blocks, keys = length // BAND_BLOCK, window - 1 + BAND_BLOCK
         first = position - window + 1
         shape = (blocks, heads, keys, head)
-        q = q.reshape(heads, blocks, BAND_BLOCK, head).swapaxes(0, 1)
+        q = q.swapaxes(1, 2).reshape(blocks, BAND_BLOCK, heads, head).swapaxes(1, 2)
         k = mx.as_strided(k, shape, (BAND_BLOCK * head, 0, head, 1), first * head)
         v = mx.as_strided(v, shape, (BAND_BLOCK * heads * head, head, heads * head, 1), first * heads * head)
         mask = masks.block((0, BAND_BLOCK), (0, keys), window, window - 1, None, q.dtype)

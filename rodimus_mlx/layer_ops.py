@@ -91,7 +91,7 @@ def conv_gate(
     marks: mx.array | None,
     x: mx.array | None = None,
     expand: mx.array | None = None,
-    whole: int = 1,
+    values: mx.Dtype = mx.float32,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """c = silu(conv(x) + bias), v = sigmoid(u + value_bias) * x, and the inputs that the next convolution needs.
 
@@ -102,9 +102,8 @@ def conv_gate(
     take gradients with respect to it; None: the result has none. expand [D, r]: u is given as [B, T, r], to be
     multiplied with it first.
 
-    Returns: c [B, T, D] in the type of x; v [B, T, D] in float32, or where a kernel's gradient is wanted, for which
-    it is kept, in the type of x; and the next tail [B, K - 1, D]. A kernel may put zeros behind v, up to a multiple of
-    `whole` tokens, which spares the recurrence a copy.
+    Returns: c [B, T, D] in the type of x; v [B, T, D], from a kernel in the type `values`, or where its gradient is
+    wanted, for which it is kept, in the type of x; and the next tail [B, K - 1, D].
     """
     backend = _backend(tail)
     if expand is not None and (backend is None or x is not None or not _joins(u)):
@@ -112,7 +111,7 @@ def conv_gate(
     if backend is None:
         return plain.conv_gate(xz[..., : u.shape[-1]] if x is None else x, u, value_bias, tail, weight, bias, marks)
     if x is None:
-        return launchers.conv_gate(xz, u, value_bias, tail, weight, bias, marks, backend, expand, whole=whole)
+        return launchers.conv_gate(xz, u, value_bias, tail, weight, bias, marks, backend, expand, values)
 
     @mx.custom_function
     def function(
@@ -162,6 +161,28 @@ def gate_norm(
 
     run: Any = function
     return run(o, c, z, residual_weight, weight)
+
+
+def split_heads(
+    qkv: mx.array,
+    offset: mx.array,
+    counts: tuple[int, int, int],
+    rope_dims: int,
+    base: float,
+    differentiable: bool = True,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Queries, keys and values of one projection, the former two with rotary positions.
+
+    Shapes: qkv [B, T, (H + Hk + Hv) F], counts = H, Hk, Hv; offset: the place of the first token, one number or [B].
+
+    Returns: q [B, H, T, F], k [B, 1, T, Hk F] and v [B, 1, T, Hv F].
+    """
+    backend = active_backend()
+    head = qkv.shape[-1] // sum(counts)
+    if differentiable or backend is None or not launchers.turns(head, rope_dims):
+        return plain.split_heads(qkv, offset, counts, rope_dims, base, differentiable)
+    q, k, v = launchers.heads(qkv, offset, counts, rope_dims, base, backend)
+    return q.swapaxes(1, 2), k, v
 
 
 def swiglu(x: mx.array, differentiable: bool = True) -> mx.array:

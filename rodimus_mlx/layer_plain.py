@@ -167,6 +167,21 @@ def _gate_output(o: mx.array, c: mx.array, weight: mx.array, z: mx.array) -> mx.
     return out * nn.silu(z.astype(mx.float32))
 
 
+def split_heads(
+    qkv: mx.array, offset: mx.array, counts: tuple[int, int, int], rope_dims: int, base: float, differentiable: bool
+) -> tuple[mx.array, mx.array, mx.array]:
+    batch, length, width = qkv.shape
+    num_heads, num_k, _ = counts
+    head = width // sum(counts)
+    qk, v = split(qkv, (num_heads + num_k) * head, -1, differentiable)
+    qk = qk.reshape(batch, length, num_heads + num_k, head).swapaxes(1, 2)  # [B, H + Hk, T, F]
+    if rope_dims:
+        qk = mx.fast.rope(qk, rope_dims, traditional=False, base=base, scale=1.0, offset=offset)
+    q, k = split(qk, num_heads, 1, differentiable)
+    k = k if num_k == 1 else k.swapaxes(1, 2).reshape(batch, 1, length, -1)
+    return q, k, v[:, None]
+
+
 def swiglu(x: mx.array) -> mx.array:
     value, gate = split(x, x.shape[-1] // 2)
     return _silu_times(gate, value)

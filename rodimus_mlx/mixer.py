@@ -9,7 +9,7 @@ from .config import RodimusConfig
 from .layer_ops import conv_gate
 from .marks import PADDING
 from .pieces import split
-from .recurrence import mix, whole_chunks
+from .recurrence import mix, type_of_values
 
 
 class CausalConv(nn.Module):
@@ -72,9 +72,9 @@ class DDTSMixer(nn.Module):
         else:  # quantized, with an adapter ...
             u = self.ch_gate_1(u)
         conv = self.conv.weight, self.conv.bias
-        whole = whole_chunks(h.shape[1], self.gate_bias.shape[0] // 2)
+        values = type_of_values(x, self.gate_bias.shape[0] // 2)
         own = x if self.training else None
-        c, v, next_tail = conv_gate(xz, u, self.value_bias, tail, *conv, marks, own, expand, whole)
+        c, v, next_tail = conv_gate(xz, u, self.value_bias, tail, *conv, marks, own, expand, values)
         if lengths is not None:
             next_tail = _tail_at(lengths, tail, x, marks)
         y, state = mix(

@@ -75,7 +75,7 @@ def selective_recurrence(
     Shapes:
         qkgt: [B, T, 4n], the projections q | k | g | t of the convolved input
         gate_bias: [2n], of g | t, added in float32
-        v: [B, T, D], computed in float32; or, where no gradient is wanted, longer by zeros as `whole_chunks` says
+        v: [B, T, D], computed in float32
         state: [B, n, D] float32; None: zeros
         marks: [B, T] uint8; padding leaves the state, a document's start forgets it
 
@@ -86,13 +86,14 @@ def selective_recurrence(
         state = mx.zeros((v.shape[0], gate_bias.shape[0] // 2, v.shape[2]), mx.float32)
     backend = active_backend()
     if backend is None:
-        return _plain(qkgt, gate_bias, v[:, : qkgt.shape[1]], state, norm_floor=norm_floor, marks=marks)
+        return _plain(qkgt, gate_bias, v, state, norm_floor=norm_floor, marks=marks)
     return _with_kernels(norm_floor, marks, backend)(qkgt, gate_bias, v, state)
 
 
-def whole_chunks(length: int, n: int) -> int:
-    """The number of tokens that v is best rounded up to a multiple of for `mix`; 1: it is fine as it is."""
-    return 1 if active_backend() is None or length <= FEW_TOKENS else launchers.chunk_size(length, n)
+def type_of_values(x: mx.array, n: int) -> mx.Dtype:
+    """The type in which a kernel best makes the values of x [B, T, D] for `mix`, beside n key features."""
+    fused = x.shape[1] > FEW_TOKENS and launchers.recurs(x.dtype, n, x.shape[2])
+    return x.dtype if fused else mx.float32
 
 
 def mix(
@@ -167,8 +168,9 @@ def _plain(
 def _with_kernels(norm_floor: float, marks: mx.array | None, backend: Backend) -> Callable[..., Any]:
     """(qkgt, gate_bias, v, state) -> (o, next state) by kernels and matrix products, with their gradient.
 
-    All in float32: rounding A, the decayed q and k, and the states between chunks to bfloat16 would each cost as much
-    accuracy as rounding o does.
+    Where one kernel can, it goes through all chunks; else, and for gradients, the same is matrix products of all chunks
+    and a scan between. All in float32: rounding A, the decayed q and k, and the states between chunks to bfloat16 would
+    each cost as much accuracy as rounding o does.
     """
 
     def chunks(qkgt: mx.array, gate_bias: mx.array, v: mx.array, state: mx.array, chunk: int) -> tuple[mx.array, ...]:
@@ -179,7 +181,11 @@ def _with_kernels(norm_floor: float, marks: mx.array | None, backend: Backend) -
 
     @mx.custom_function
     def function(qkgt: mx.array, gate_bias: mx.array, v: mx.array, state: mx.array) -> tuple[mx.array, mx.array]:
-        chunk = launchers.chunk_size(qkgt.shape[1], state.shape[1])
+        n = state.shape[1]
+        if launchers.recurs(v.dtype, n, v.shape[2]):
+            prepared = launchers.prepare(qkgt, gate_bias, norm_floor, marks, launchers.tile_size(n), backend)
+            return launchers.recur(*prepared, v, state, backend)
+        chunk = launchers.chunk_size(qkgt.shape[1], n)
         a, q, _, _, values, before, after = chunks(qkgt, gate_bias, v, state, chunk)
         o = mx.addmm(a @ values, q, before)
         return _out_of_chunks(o, qkgt.shape[1]).astype(v.dtype), after

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from .. import layer_ops
 from ..pieces import split
-from ..recurrence import mix, selective_recurrence, whole_chunks
+from ..recurrence import mix, selective_recurrence
 from .backend import Wish, use_backend
 from .reference import sequential_recurrence
 
@@ -42,6 +42,7 @@ ODD_SIZES = (
     Sizes(2, 2, 16, 40),
     Sizes(2, 70, 128, 40),
     Sizes(1, 40, 256, 32),
+    Sizes(2, 66, 32, 64),
 )
 
 
@@ -144,12 +145,18 @@ def _cases(s: Sizes, dtype: mx.Dtype) -> Iterator[tuple[str, Callable[..., Any],
     for name, function, inputs in layers:
         yield name, function, inputs
         yield name + " gradient", _vjp(function, inputs), inputs
+    for heads, rope_dims in (((3, 1, 2), 16), ((2, 2, 2), 8)):
+        split_heads = partial(
+            layer_ops.split_heads, counts=heads, rope_dims=rope_dims, base=10000.0, differentiable=False
+        )
+        qkv = x(batch, tokens, sum(heads) * 16)
+        yield f"split_heads, {rope_dims} turned", split_heads, (qkv, mx.array(70))
+        yield "split_heads, rows apart", split_heads, (qkv, mx.arange(batch) * 1000)
     marks = mx.random.randint(0, 3, (batch, tokens)).astype(mx.uint8)
     for kind, mark in (("", None), (" with marks", marks)):
         conv = partial(layer_ops.conv_gate, marks=mark)
         inputs = (x(*double), x(*wide), x(values), x(batch, s.taps - 1, values), x(values, s.taps), x(values))
         yield "conv_gate" + kind, conv, inputs
-        yield "conv_gate, whole chunks" + kind, partial(_conv_gate_in_chunks, marks=mark), inputs
         yield "conv_gate gradient" + kind, _vjp(partial(_conv_gate_in_training, marks=mark), inputs), inputs
         yield "conv_gate, few tokens" + kind, *_few_through_a_low_rank(inputs, mark)
         few = min(tokens, 6)
@@ -173,7 +180,6 @@ def _cases(s: Sizes, dtype: mx.Dtype) -> Iterator[tuple[str, Callable[..., Any],
         recurrence = partial(_recurrence, marks=mark)
         projections = _recurrence_inputs(s, dtype, 2.0)
         yield "recurrence" + kind, recurrence, projections
-        yield "recurrence, longer values" + kind, partial(_recurrence_of_longer_values, marks=mark), projections
         yield "recurrence gradient" + kind, _vjp(recurrence, projections), projections
 
 
@@ -192,13 +198,6 @@ def _vjp(function: Callable[..., Any], inputs: tuple[mx.array, ...]) -> Callable
     with use_backend("plain"):
         cotangents = [_normal(*output.shape).astype(output.dtype) for output in _flat(function(*inputs))]
     return lambda *inputs: mx.vjp(function, list(inputs), cotangents)[1]
-
-
-def _conv_gate_in_chunks(*inputs: mx.array, marks: mx.array | None) -> tuple[mx.array, ...]:
-    """v with zeros behind, which plain MLX leaves to others."""
-    function: Any = partial(layer_ops.conv_gate, marks=marks, whole=16)
-    c, v, tail = function(*inputs)
-    return c, mx.pad(v, [(0, 0), (0, -v.shape[1] % 16), (0, 0)]), tail
 
 
 def _conv_gate_in_training(xz: mx.array, *rest: mx.array, marks: mx.array | None) -> tuple[mx.array, mx.array]:
@@ -234,13 +233,6 @@ def _recurrence(
     qkgt: mx.array, bias: mx.array, v: mx.array, state: mx.array, marks: mx.array | None
 ) -> tuple[mx.array, mx.array]:
     return selective_recurrence(qkgt, bias, v, 1e-5, state, marks)
-
-
-def _recurrence_of_longer_values(
-    qkgt: mx.array, bias: mx.array, v: mx.array, state: mx.array, marks: mx.array | None
-) -> tuple[mx.array, mx.array]:
-    more = -v.shape[1] % whole_chunks(v.shape[1], state.shape[1])
-    return _recurrence(qkgt, bias, mx.pad(v, [(0, 0), (0, more), (0, 0)]), state, marks)
 
 
 def _recurrence_inputs(s: Sizes, dtype: mx.Dtype, strength: float) -> tuple[mx.array, mx.array, mx.array, mx.array]:

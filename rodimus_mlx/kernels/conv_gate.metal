@@ -3,17 +3,14 @@
 // Inputs   xz [B, T, 2D]: x | z     u [B, T, D]   value_bias [D]   tail [B, K - 1, D]: the inputs before x
 //          expand [D, R] (with R): makes u of what is given for it then, [B, T, R]
 //          weight [D, K]   bias [D]   marks [B, T] uint8 (with MARKS): 0 padding, 1 token, 2 first of a document
-// Outputs  c [B, T, D] and next_tail [B, K - 1, D] of x's type   v [B, V, D] float, or x's type in training
+// Outputs  c [B, T, D] and next_tail [B, K - 1, D] of x's type   v [B, T, D] float or x's type
 // Template D: a multiple of 4   K: taps   BLOCK: tokens a thread   R: a multiple of 4, or 0   MARKS
-//          WHOLE: V is T rounded up to a multiple of it, with zeros behind
-// Grid     (D / 4 / threads, V / BLOCK, B), rounded up; one thread four features
+// Grid     (D / 4 / threads, T / BLOCK, B), rounded up; one thread four features
 
 const uint d = 4 * (group.x * threads + tid);
 if (d < uint(D)) {
   const int length = int(xz_shape[1]);
   const size_t row = size_t(group.z) * length;
-  const int v_length = (length + WHOLE - 1) / WHOLE * WHOLE;
-  const size_t v_row = size_t(group.z) * v_length;
   const int begin = int(group.y) * BLOCK;
   float window[(BLOCK + K - 1) * 4];  // the inputs from K - 1 before the block through its end
   load_inputs<D, K, BLOCK + K - 1, MARKS>(
@@ -56,10 +53,7 @@ if (d < uint(D)) {
         gate[4 * i + e] = sigmoid_fast(gate[4 * i + e] + value_shift[e]) * window[4 * (i + K - 1) + e];
       }
       store4(c + (row + t) * D + d, sum);
-      store4(v + (v_row + t) * D + d, gate + 4 * i);
-    } else if (t < v_length) {
-      const float nothing[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-      store4(v + (v_row + t) * D + d, nothing);
+      store4(v + (row + t) * D + d, gate + 4 * i);
     }
     if (t == length - 1) {
       for (int before = 0; before < K - 1; before++) {

@@ -70,7 +70,8 @@ class Kernel:
         name: in the compiled function's name; letters, digits and underscores.
         inputs, outputs: names of the arrays in the body, in order.
         body: file of the body, in this folder (or an absolute path).
-        helpers: files of functions that the body calls, put after the prologue.
+        helpers: files of functions that the body calls, put after the prologue; {backend} in a name becomes metal or
+            cuda.
         ensure_row_contiguous: copy inputs that are not row contiguous before the launch.
     """
 
@@ -130,7 +131,8 @@ class Kernel:
 
     def text(self, backend: Backend) -> tuple[str, str]:
         """The header and the source that MLX is given."""
-        header = "".join(_read(path) for path in [FOLDER / f"prologue_{backend}.h", *self.helpers])
+        helpers = [Path(str(path).format(backend=backend)) for path in self.helpers]
+        header = "".join(_read(path) for path in [FOLDER / f"prologue_{backend}.h", *helpers])
         return header, _PLACE[backend] + _read(self.body)
 
     @cached_property

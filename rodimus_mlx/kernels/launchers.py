@@ -6,6 +6,7 @@ named in each docstring. None of these has a gradient of its own: launchers_back
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import mlx.core as mx
@@ -15,6 +16,9 @@ from .launch import Backend, Kernel
 STEP_KEYS = 256  # key features that the step kernel can take
 CONV_BLOCK = 4  # tokens a thread convolves, where there are that many
 PREPARE_STRIP = 32  # tokens of a threadgroup of prepare, at most
+HEADS_THREADS = 128  # for a token's queries, keys and values
+RECUR_COLUMNS = 32  # of v, in a threadgroup of recur
+RECUR_KEYS = (16, 32, 48, 64)  # key features whose states fit in its threadgroup memory, beside v
 
 SHARED = ["gates.metal"]
 CONV = [*SHARED, "conv.metal"]
@@ -40,6 +44,13 @@ _prepare = Kernel(
     helpers=SHARED,
 )
 _scan = Kernel("rodimus_scan", inputs=["written", "total", "state"], outputs=["before", "after"], body="scan.metal")
+_recur = Kernel(
+    "rodimus_recur",
+    inputs=["A", "q_decayed", "k_decayed", "total", "v", "state"],
+    outputs=["o", "after"],
+    body="recur.metal",
+    helpers=["matrix_{backend}.h"],
+)
 _add_norm = Kernel(
     "rodimus_add_norm", inputs=["h", "delta", "weight", "eps"], outputs=["total", "normed"], body="add_norm.metal"
 )
@@ -50,6 +61,7 @@ _gate_norm = Kernel(
     body="gate_norm.metal",
     helpers=SHARED,
 )
+_heads = Kernel("rodimus_heads", inputs=["qkv", "offset", "base"], outputs=["q", "k", "v"], body="heads.metal")
 _swiglu = Kernel("rodimus_swiglu", inputs=["x"], outputs=["out"], body="swiglu.metal", helpers=SHARED)
 
 
@@ -94,16 +106,13 @@ def conv_gate(
     backend: Backend,
     expand: mx.array | None = None,
     values: mx.Dtype = mx.float32,
-    whole: int = 1,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """xz [B, T, 2D], u [B, T, D], tail [B, K-1, D], weight [D, K], biases [D] -> c, v of type `values`, next tail.
 
     expand [D, R]: u is given as [B, T, R], and u @ expand.T is what it stands for; R is a multiple of 4.
-    v is [B, T, D], or with zeros behind as long as a multiple of `whole`.
     """
     batch, length = u.shape[:2]
     inner, taps = weight.shape
-    rows = ceil(length, whole) * whole
     block, threads = conv_block(length)
     c, v, next_tail = _conv_gate(
         [
@@ -116,9 +125,9 @@ def conv_gate(
             bias,
             given(marks),
         ],
-        groups=(ceil(inner // 4, threads), ceil(rows, block), batch),
+        groups=(ceil(inner // 4, threads), ceil(length, block), batch),
         threads=threads,
-        output_shapes=[(batch, length, inner), (batch, rows, inner), tail.shape],
+        output_shapes=[(batch, length, inner), (batch, length, inner), tail.shape],
         output_dtypes=[xz.dtype, values, xz.dtype],
         template={
             "D": inner,
@@ -126,7 +135,6 @@ def conv_gate(
             "BLOCK": block,
             "R": 0 if expand is None else expand.shape[1],
             "MARKS": marks is not None,
-            "WHOLE": whole,
         },
         backend=backend,
     )
@@ -227,6 +235,32 @@ def scan(written: mx.array, total: mx.array, state: mx.array, backend: Backend) 
     return before, after
 
 
+def recurs(v: mx.Dtype, n: int, width: int) -> bool:
+    """Whether `recur` takes values of that type and width, beside n key features."""
+    return v in (mx.float16, mx.bfloat16) and n in RECUR_KEYS and width % RECUR_COLUMNS == 0
+
+
+def recur(
+    a: mx.array, q: mx.array, k: mx.array, total: mx.array, v: mx.array, state: mx.array, backend: Backend
+) -> tuple[mx.array, mx.array]:
+    """`prepare`'s arrays, of chunks of one tile, v [B, T, D] and state [B, n, D] -> o in v's type, and the next state.
+
+    On CUDA the factors of o are rounded to TF32, those of the state are not.
+    """
+    batch, _, inner = v.shape
+    chunk, n = q.shape[2:]
+    o, after = _recur(
+        [a, q, k, total, v, state],
+        groups=(inner // RECUR_COLUMNS, 1, batch),
+        threads=(chunk + n) * 2,
+        output_shapes=[v.shape, state.shape],
+        output_dtypes=[v.dtype, mx.float32],
+        template={"T": v.dtype, "C": chunk, "N": n, "D": inner, "W": RECUR_COLUMNS},
+        backend=backend,
+    )
+    return o, after
+
+
 def add_norm(
     h: mx.array, delta: mx.array | None, weight: mx.array, eps: float, keep: bool, backend: Backend
 ) -> tuple[mx.array, mx.array]:
@@ -268,6 +302,34 @@ def gate_norm(
         backend=backend,
     )
     return out
+
+
+def turns(head: int, rope_dims: int) -> bool:
+    """Whether `heads` takes heads of that many features, of which so many are rotated."""
+    return head % 4 == 0 and rope_dims > 0 and rope_dims % 8 == 0 and HEADS_THREADS % (rope_dims // 8) == 0
+
+
+def heads(
+    qkv: mx.array, offset: mx.array, counts: tuple[int, int, int], rope_dims: int, base: float, backend: Backend
+) -> tuple[mx.array, mx.array, mx.array]:
+    """qkv [B, T, (H + Hk + Hv) F] -> q [B, T, H, F], k [B, 1, T, Hk F] and v [B, 1, T, Hv F]; offset: one, or [B]."""
+    batch, length, width = qkv.shape
+    head = width // sum(counts)
+    num_heads, num_k, num_v = counts
+    q, k, v = _heads(
+        [qkv, offset.reshape(-1), scalar(math.log2(base))],
+        groups=(length, 1, batch),
+        threads=HEADS_THREADS,
+        output_shapes=[
+            (batch, length, num_heads, head),
+            (batch, 1, length, num_k * head),
+            (batch, 1, length, num_v * head),
+        ],
+        output_dtypes=[qkv.dtype] * 3,
+        template={"H": num_heads, "HK": num_k, "HV": num_v, "F": head, "R": rope_dims, "EACH": offset.size > 1},
+        backend=backend,
+    )
+    return q, k, v
 
 
 def swiglu(x: mx.array, backend: Backend) -> mx.array:

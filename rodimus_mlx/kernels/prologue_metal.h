@@ -22,6 +22,8 @@ FN float log1pf(float x) { return log1p(x); }
 FN float powf(float x, float y) { return metal::precise::pow(x, y); }
 FN float sqrtf(float x) { return metal::precise::sqrt(x); }
 FN float rsqrtf(float x) { return metal::precise::rsqrt(x); }
+FN float cosf(float x) { return metal::precise::cos(x); }
+FN float sinf(float x) { return metal::precise::sin(x); }
 FN float fabsf(float x) { return metal::abs(x); }
 FN float fmaxf(float x, float y) { return metal::max(x, y); }
 FN float fminf(float x, float y) { return metal::min(x, y); }

@@ -16,9 +16,10 @@ struct Place {
   uint group[3], group_count[3];
 };
 enum SimdOp { SIMD_SUM, SIMD_MAX, SIMD_SHUFFLE, SIMD_BROADCAST, SIMD_SHUFFLE_XOR, SIMD_SHUFFLE_UP, SIMD_SHUFFLE_DOWN,
-              SIMD_BARRIER };
+              SIMD_BARRIER, SIMD_MATRIX };
 static const char* const op_names[] = {"simd_sum", "simd_max", "simd_shuffle", "simd_broadcast", "simd_shuffle_xor",
-                                       "simd_shuffle_up", "simd_shuffle_down", "simdgroup_barrier"};
+                                       "simd_shuffle_up", "simd_shuffle_down", "simdgroup_barrier",
+                                       "simdgroup_multiply_accumulate"};
 
 struct Buffer {
   const char* name;
@@ -83,6 +84,7 @@ struct Fiber {
   int op, line;
   uint argument;
   float value, result;
+  float factors[2][2], sums[2];  // of a matrix product: two elements of each
 };
 
 extern "C" Place runtime_place;
@@ -148,6 +150,15 @@ extern "C" float runtime_simd(int op, float x, uint argument, int line) {
 
 extern "C" void runtime_simd_barrier(int line) { runtime_simd(SIMD_BARRIER, 0, 0, line); }
 
+extern "C" void runtime_matrix(float* d, const float* a, const float* b, const float* c, int line) {
+  memcpy(current->factors[0], a, sizeof(current->factors[0]));
+  memcpy(current->factors[1], b, sizeof(current->factors[1]));
+  memcpy(current->sums, c, sizeof(current->sums));
+  Fiber* self = current;
+  runtime_simd(SIMD_MATRIX, 0, 0, line);
+  memcpy(d, self->sums, sizeof(self->sums));
+}
+
 extern "C" void runtime_barrier(int line) {
   current->line = line;
   stop(AT_BARRIER);
@@ -178,11 +189,35 @@ extern "C" float runtime_exp2(float x) { return exp2f(x); }
 extern "C" float runtime_log(float x) { return logf(x); }
 extern "C" float runtime_log2(float x) { return log2f(x); }
 extern "C" float runtime_pow(float x, float y) { return powf(x, y); }
+extern "C" float runtime_cos(float x) { return cosf(x); }
+extern "C" float runtime_sin(float x) { return sinf(x); }
 
 // ---- the scheduler ------------------------------------------------------------------------------------------------
 
+static uint matrix_row(uint lane) { return (lane / 4 & 4) + lane / 2 % 4; }
+static uint matrix_column(uint lane) { return (lane / 4 & 2) * 2 + lane % 2 * 2; }
+
+static void matrix_product(Fiber* lanes) {
+  float a[8][8], b[8][8];
+  for (uint i = 0; i < LANES; i++) {
+    memcpy(&a[matrix_row(i)][matrix_column(i)], lanes[i].factors[0], sizeof(lanes[i].factors[0]));
+    memcpy(&b[matrix_row(i)][matrix_column(i)], lanes[i].factors[1], sizeof(lanes[i].factors[1]));
+  }
+  for (uint i = 0; i < LANES; i++) {
+    for (uint e = 0; e < 2; e++) {
+      for (uint k = 0; k < 8; k++) {
+        lanes[i].sums[e] += a[matrix_row(i)][k] * b[k][matrix_column(i) + e];
+      }
+    }
+  }
+}
+
 static void simd_results(Fiber* lanes) {
   const int op = lanes[0].op;
+  if (op == SIMD_MATRIX) {
+    matrix_product(lanes);
+    return;
+  }
   float sums[LANES];
   for (uint i = 0; i < LANES; i++) {
     sums[i] = lanes[i].value;

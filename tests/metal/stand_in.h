@@ -37,6 +37,7 @@ extern "C" {
 extern Place runtime_place;
 float runtime_simd(int op, float x, uint argument, int line);
 void runtime_simd_barrier(int line);
+void runtime_matrix(float* d, const float* a, const float* b, const float* c, int line);
 void runtime_barrier(int line);
 void* runtime_threadgroup_array(uint slot, size_t bytes, const char* name);
 float runtime_exp(float);
@@ -44,6 +45,8 @@ float runtime_exp2(float);
 float runtime_log(float);
 float runtime_log2(float);
 float runtime_pow(float, float);
+float runtime_cos(float);
+float runtime_sin(float);
 }
 
 namespace metal {
@@ -72,6 +75,21 @@ float simd_sum(T) = delete;
 template <typename T>
 float simd_max(T) = delete;
 
+// 8 x 8 floats, two of a row in each lane; runtime.cpp has the places.
+template <typename T, int COLUMNS, int ROWS>
+struct simdgroup_matrix;
+template <>
+struct simdgroup_matrix<float, 8, 8> {
+  vec<float, 2> elements;
+  vec<float, 2>& thread_elements() { return elements; }
+};
+inline void simdgroup_multiply_accumulate(simdgroup_matrix<float, 8, 8>& d, simdgroup_matrix<float, 8, 8>& a,
+                                          simdgroup_matrix<float, 8, 8>& b, simdgroup_matrix<float, 8, 8>& c,
+                                          int line = __builtin_LINE()) {
+  runtime_matrix((float*)&d.elements, (const float*)&a.elements, (const float*)&b.elements,
+                 (const float*)&c.elements, line);
+}
+
 inline float abs(float x) { return __builtin_fabsf(x); }
 template <typename T>
 METAL_FUNC T max(T x, T y) { return x < y ? y : x; }
@@ -88,6 +106,8 @@ inline float exp2(float x) { return runtime_exp2(x); }
 inline float log(float x) { return runtime_log(x); }
 inline float log2(float x) { return runtime_log2(x); }
 inline float pow(float x, float y) { return runtime_pow(x, y); }
+inline float cos(float x) { return runtime_cos(x); }
+inline float sin(float x) { return runtime_sin(x); }
 inline float sqrt(float x) { return __builtin_sqrtf(x); }
 inline float rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
 }  // namespace precise

@@ -3,12 +3,9 @@
 import mlx.core as mx
 import pytest
 
-from rodimus_mlx import layer_ops
 from rodimus_mlx.kernels import launchers, launchers_backward
-from rodimus_mlx.kernels.backend import use_backend
 from rodimus_mlx.kernels.check import DTYPES, Sizes, compare_all, recurrence_errors
 from rodimus_mlx.kernels.launch import Kernel
-from rodimus_mlx.recurrence import whole_chunks
 
 from .comparisons import CASES, DECAY_SIZES, DECAYS, FLOAT64, SIZES, STATE, model_bound, model_errors
 
@@ -26,26 +23,13 @@ def test_kernels_equal_plain_mlx(sizes, dtype):
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="Metal does not list its launches")
 def test_every_kernel_is_compared(metal):
-    for _ in compare_all("metal", [Sizes(1, 9, 16, 32)], [mx.float32]):
+    for _ in compare_all("metal", [Sizes(1, 9, 16, 32)], [mx.float32, mx.float16]):
         pass
     named = {**vars(launchers), **vars(launchers_backward)}
     kernels = [value.name for value in named.values() if isinstance(value, Kernel)]
     assert len(kernels) > 5
     launched = {launch.name for launch in metal}
     assert [name for name in kernels if not any(f"{name}__" in each for each in launched)] == []
-
-
-@pytest.mark.usefixtures("metal")
-def test_values_are_as_long_as_whole_chunks():
-    xz, u, row = mx.ones((2, 37, 32)), mx.ones((2, 37, 16)), mx.ones((16,))
-    conv = row, mx.ones((2, 3, 16)), mx.ones((16, 4)), row, None
-    with use_backend("metal"):
-        assert (whole_chunks(37, 64), whole_chunks(8, 64)) == (64, 1)
-        c, v, _ = layer_ops.conv_gate(xz, u, *conv, whole=whole_chunks(37, 64))
-    assert c.shape == (2, 37, 16)
-    assert v.shape == (2, 64, 16)
-    assert not v[:, 37:].any()
-    assert whole_chunks(37, 64) == 1  # plain MLX
 
 
 @dtypes
