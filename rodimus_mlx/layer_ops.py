@@ -81,6 +81,17 @@ def norm(
     return run(h, weight) if delta is None else run(h, weight, delta)
 
 
+def low_rank(xz: mx.array, down: mx.array, up: mx.array) -> mx.array:
+    """x @ down.T @ up.T for x, the first half of xz [B, T, 2D]; down [r, D], up [D, r]. Not for gradients.
+
+    One kernel takes the half as it lies, where a product would copy it first.
+    """
+    backend = _backend(xz)
+    if backend is None or not launchers.joins(xz, down):
+        return xz[..., : down.shape[1]] @ down.T @ up.T
+    return launchers.low_rank(xz, down, up, backend)
+
+
 def conv_gate(
     xz: mx.array,
     u: mx.array,

@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import RodimusConfig
-from .layer_ops import conv_gate
+from .layer_ops import FEW_ROWS, conv_gate, low_rank
 from .marks import PADDING
 from .pieces import split
 from .recurrence import mix, type_of_values
@@ -66,11 +66,7 @@ class DDTSMixer(nn.Module):
         x, z = split(xz, xz.shape[-1] // 2) if self.training else (_first_half(xz), None)
         if tail is None:
             tail = mx.zeros((x.shape[0], self.conv.weight.shape[1] - 1, x.shape[2]), x.dtype)
-        u, expand = self.ch_gate_0(x), None
-        if type(self.ch_gate_1) is nn.Linear and "bias" not in self.ch_gate_1:
-            expand = self.ch_gate_1.weight
-        else:  # quantized, with an adapter ...
-            u = self.ch_gate_1(u)
+        u, expand = self._input_gate(xz, x)
         conv = self.conv.weight, self.conv.bias
         values = type_of_values(x, self.gate_bias.shape[0] // 2)
         own = x if self.training else None
@@ -92,6 +88,15 @@ class DDTSMixer(nn.Module):
             z=z,
         )
         return self.out_proj(y), next_tail, state
+
+    def _input_gate(self, xz: mx.array, x: mx.array) -> tuple[mx.array, mx.array | None]:
+        """ch_gate_1(ch_gate_0(x)) [B, T, D]; or ch_gate_0(x) [B, T, r] and the weight that `conv_gate` is to apply."""
+        down, up = self.ch_gate_0, self.ch_gate_1
+        if type(up) is not nn.Linear or "bias" in up:  # quantized, with an adapter ...
+            return up(down(x)), None
+        if self.training or type(down) is not nn.Linear or "bias" in down or xz.size // xz.shape[-1] <= FEW_ROWS:
+            return down(x), up.weight
+        return low_rank(xz, down.weight, up.weight), None
 
 
 def _first_half(xz: mx.array) -> mx.array:

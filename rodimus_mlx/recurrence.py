@@ -176,7 +176,7 @@ def _with_kernels(norm_floor: float, marks: mx.array | None, backend: Backend) -
     def chunks(qkgt: mx.array, gate_bias: mx.array, v: mx.array, state: mx.array, chunk: int) -> tuple[mx.array, ...]:
         a, q, k, total = launchers.prepare(qkgt, gate_bias, norm_floor, marks, chunk, backend)
         values = _in_chunks(v.astype(mx.float32), chunk)  # [B, N, C, D]
-        before, after = launchers.scan(k.swapaxes(2, 3) @ values, total, state, backend)
+        before, after = launchers.scan(k @ values, total, state, backend)
         return a, q, k, total, values, before, after
 
     @mx.custom_function
@@ -212,7 +212,7 @@ def _with_kernels(norm_floor: float, marks: mx.array | None, backend: Backend) -
             d_total * total,  # of the log of total
             backend,
         )
-        d_v = mx.addmm(a.swapaxes(2, 3) @ d_o, k, d_written)
+        d_v = mx.addmm(a.swapaxes(2, 3) @ d_o, k.swapaxes(2, 3), d_written)
         d_bias = d_qkgt[..., gate_bias.shape[0] :].sum(axis=(0, 1))
         return (
             d_qkgt.astype(qkgt.dtype),

@@ -145,6 +145,8 @@ def _cases(s: Sizes, dtype: mx.Dtype) -> Iterator[tuple[str, Callable[..., Any],
     for name, function, inputs in layers:
         yield name, function, inputs
         yield name + " gradient", _vjp(function, inputs), inputs
+    down, up = (x(*shape) * values**-0.5 for shape in ((16, values), (values, 16)))
+    yield "low_rank", layer_ops.low_rank, (x(*double), down, up)
     for heads, rope_dims in (((3, 1, 2), 16), ((2, 2, 2), 8)):
         split_heads = partial(
             layer_ops.split_heads, counts=heads, rope_dims=rope_dims, base=10000.0, differentiable=False

@@ -73,6 +73,8 @@ class Kernel:
         helpers: files of functions that the body calls, put after the prologue; {backend} in a name becomes metal or
             cuda.
         ensure_row_contiguous: copy inputs that are not row contiguous before the launch.
+        residents: threads of a threadgroup at most, and threadgroups that a multiprocessor is to hold at once, for which
+            CUDA's compiler keeps to few enough registers; None: as many as it likes.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Kernel:
         body: str | Path,
         helpers: Sequence[str | Path] = (),
         ensure_row_contiguous: bool = True,
+        residents: tuple[int, int] | None = None,
     ):
         self.name = name
         self.inputs = list(inputs)
@@ -91,6 +94,7 @@ class Kernel:
         self.body = FOLDER / body
         self.helpers = [FOLDER / helper for helper in helpers]
         self.ensure_row_contiguous = ensure_row_contiguous
+        self.residents = residents
         self._launches: dict[tuple, Callable[..., list[mx.array]]] = {}
 
     def __call__(
@@ -133,6 +137,9 @@ class Kernel:
         """The header and the source that MLX is given."""
         helpers = [Path(str(path).format(backend=backend)) for path in self.helpers]
         header = "".join(_read(path) for path in [FOLDER / f"prologue_{backend}.h", *helpers])
+        if self.residents and backend == "cuda":  # MLX writes the signature, so only its first word can say it
+            header += "#undef __global__\n"
+            header += "#define __global__ __attribute__((global)) __launch_bounds__({}, {})\n".format(*self.residents)
         return header, _PLACE[backend] + _read(self.body)
 
     @cached_property

@@ -13,11 +13,12 @@ import mlx.core as mx
 
 from .launch import Backend, Kernel
 
+HALVES = (mx.float16, mx.bfloat16)
 STEP_KEYS = 256  # key features that the step kernel can take
 CONV_BLOCK = 4  # tokens a thread convolves, where there are that many
 PREPARE_STRIP = 32  # tokens of a threadgroup of prepare, at most
 HEADS_THREADS = 128  # for a token's queries, keys and values
-RECUR_COLUMNS = 32  # of v, in a threadgroup of recur
+RECUR_COLUMNS = 16  # of v, in a threadgroup of recur
 RECUR_KEYS = (16, 32, 48, 64)  # key features whose states fit in its threadgroup memory, beside v
 
 SHARED = ["gates.metal"]
@@ -50,6 +51,7 @@ _recur = Kernel(
     outputs=["o", "after"],
     body="recur.metal",
     helpers=["matrix_{backend}.h"],
+    residents=(256, 2),
 )
 _add_norm = Kernel(
     "rodimus_add_norm", inputs=["h", "delta", "weight", "eps"], outputs=["total", "normed"], body="add_norm.metal"
@@ -60,6 +62,13 @@ _gate_norm = Kernel(
     outputs=["out"],
     body="gate_norm.metal",
     helpers=SHARED,
+)
+_low_rank = Kernel(
+    "rodimus_low_rank",
+    inputs=["xz", "down", "up"],
+    outputs=["u"],
+    body="low_rank.metal",
+    helpers=["matrix_{backend}.h"],
 )
 _heads = Kernel("rodimus_heads", inputs=["qkv", "offset", "base"], outputs=["q", "k", "v"], body="heads.metal")
 _swiglu = Kernel("rodimus_swiglu", inputs=["x"], outputs=["out"], body="swiglu.metal", helpers=SHARED)
@@ -197,7 +206,10 @@ def prepare(
     chunk: int,
     backend: Backend,
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """qkgt [B, T, 4n], in chunks of whole tiles -> A [B, N, C, C], decayed q and k [B, N, C, n], total [B, N, n]."""
+    """qkgt [B, T, 4n], in chunks of whole tiles.
+
+    Returns: A [B, N, C, C], decayed q [B, N, C, n] and k [B, N, n, C], total [B, N, n].
+    """
     batch, length, width = qkgt.shape
     n = width // 4
     tile = tile_size(n)
@@ -210,7 +222,7 @@ def prepare(
         output_shapes=[
             (batch, chunks, chunk, chunk),
             (batch, chunks, chunk, n),
-            (batch, chunks, chunk, n),
+            (batch, chunks, n, chunk),
             (batch, chunks, n),
         ],
         output_dtypes=[mx.float32] * 4,
@@ -237,7 +249,7 @@ def scan(written: mx.array, total: mx.array, state: mx.array, backend: Backend) 
 
 def recurs(v: mx.Dtype, n: int, width: int) -> bool:
     """Whether `recur` takes values of that type and width, beside n key features."""
-    return v in (mx.float16, mx.bfloat16) and n in RECUR_KEYS and width % RECUR_COLUMNS == 0
+    return v in HALVES and n in RECUR_KEYS and width % RECUR_COLUMNS == 0
 
 
 def recur(
@@ -304,9 +316,33 @@ def gate_norm(
     return out
 
 
+def joins(xz: mx.array, down: mx.array) -> bool:
+    """Whether `low_rank` takes xz [B, T, 2D] and down [R, D]."""
+    rank, width = down.shape
+    rows = xz.size // xz.shape[-1]
+    return down.dtype == xz.dtype in HALVES and rows >= 16 and width % 16 == 0 and rank % 16 == 0 and rank <= 64
+
+
+def low_rank(xz: mx.array, down: mx.array, up: mx.array, backend: Backend) -> mx.array:
+    """x, the first half of xz [B, T, 2D], times down [R, D] and then up [D, R] -> [B, T, D]; all of 16 bits."""
+    batch, length, _ = xz.shape
+    rank, width = down.shape
+    threads = 512 if rank <= 32 else 256  # as many as have threadgroup memory for their sums
+    (u,) = _low_rank(
+        [xz.reshape(-1, 2 * width), down, up],
+        groups=(ceil(batch * length, 16), 1, 1),
+        threads=threads,
+        output_shapes=[(batch, length, width)],
+        output_dtypes=[xz.dtype],
+        template={"T": xz.dtype, "D": width, "R": rank, "WIDTH": threads},
+        backend=backend,
+    )
+    return u
+
+
 def turns(head: int, rope_dims: int) -> bool:
     """Whether `heads` takes heads of that many features, of which so many are rotated."""
-    return head % 4 == 0 and rope_dims > 0 and rope_dims % 8 == 0 and HEADS_THREADS % (rope_dims // 8) == 0
+    return head % 4 == 0 and rope_dims > 0 and rope_dims % 8 == 0
 
 
 def heads(
@@ -326,7 +362,15 @@ def heads(
             (batch, 1, length, num_v * head),
         ],
         output_dtypes=[qkv.dtype] * 3,
-        template={"H": num_heads, "HK": num_k, "HV": num_v, "F": head, "R": rope_dims, "EACH": offset.size > 1},
+        template={
+            "H": num_heads,
+            "HK": num_k,
+            "HV": num_v,
+            "F": head,
+            "R": rope_dims,
+            "EACH": offset.size > 1,
+            "WIDTH": HEADS_THREADS,
+        },
         backend=backend,
     )
     return q, k, v

@@ -25,29 +25,22 @@ template <typename P>
 FN void load_left(THREAD Left& left, P p, uint stride, uint lane) {
   UNROLL
   for (int i = 0; i < 8; i++) {
-    left.x[i] = p[(matrix_row(lane) + 8 * (i / 4)) * stride + matrix_column(lane) + 8 * (i / 2 % 2) + i % 2];
+    const uint column = matrix_column(lane) + 8 * (i / 2 % 2) + i % 2;
+    left.x[i] = static_cast<float>(p[(matrix_row(lane) + 8 * (i / 4)) * stride + column]);
   }
 }
 
-// the same of their transpose
-template <typename P>
-FN void load_left_transposed(THREAD Left& left, P p, uint stride, uint lane) {
-  UNROLL
-  for (int i = 0; i < 8; i++) {
-    left.x[i] = p[(matrix_column(lane) + 8 * (i / 2 % 2) + i % 2) * stride + matrix_row(lane) + 8 * (i / 4)];
-  }
-}
-
-// of the 16 x 8 numbers at p
+// of the 16 x 8 numbers at p, whose columns lie `stride` apart
 template <typename P>
 FN void load_right(THREAD Right& right, P p, uint stride, uint lane) {
   UNROLL
   for (int i = 0; i < 4; i++) {
-    right.x[i] = static_cast<float>(p[(matrix_row(lane) + 8 * (i / 2)) * stride + matrix_column(lane) + i % 2]);
+    right.x[i] = static_cast<float>(p[(matrix_column(lane) + i % 2) * stride + matrix_row(lane) + 8 * (i / 2)]);
   }
 }
 
 FN float matrix_rounded(float x) { return x; }
+FN float matrix_rest(float) { return 0.0f; }
 
 FN Matrix8 matrix8(float a, float b) {
   Matrix8 m;
@@ -56,16 +49,14 @@ FN Matrix8 matrix8(float a, float b) {
   return m;
 }
 
-FN void multiply(THREAD Sum& sum, const THREAD Left& left, const THREAD Right& right) {
+// One half of the product, 0 or 1. One sum's halves wait for each other, so those of several sums go in turn.
+FN void multiply(THREAD Sum& sum, const THREAD Left& left, const THREAD Right& right, int half) {
+  Matrix8 b = matrix8(right.x[2 * half], right.x[2 * half + 1]);
   UNROLL
   for (int h = 0; h < 2; h++) {
     Matrix8 total = matrix8(sum.x[2 * h], sum.x[2 * h + 1]);
-    UNROLL
-    for (int k = 0; k < 2; k++) {
-      Matrix8 a = matrix8(left.x[4 * h + 2 * k], left.x[4 * h + 2 * k + 1]);
-      Matrix8 b = matrix8(right.x[2 * k], right.x[2 * k + 1]);
-      simdgroup_multiply_accumulate(total, a, b, total);
-    }
+    Matrix8 a = matrix8(left.x[4 * h + 2 * half], left.x[4 * h + 2 * half + 1]);
+    simdgroup_multiply_accumulate(total, a, b, total);
     sum.x[2 * h] = total.thread_elements()[0];
     sum.x[2 * h + 1] = total.thread_elements()[1];
   }

@@ -7,7 +7,8 @@
 //
 // Inputs   qkgt [B, T, 4N]: q | k | g | tau before their gates    gate_bias [2N]: of g | tau    norm_floor [1] float
 //          marks [B, T] uint8 (with MARKS): 0 padding, which leaves the state, 1 token, 2 first of a document
-// Outputs  A [B, chunks, C, C]   q_decayed, k_decayed [B, chunks, C, N]   total [B, chunks, N], all float
+// Outputs  A [B, chunks, C, C]   q_decayed [B, chunks, C, N]   k_decayed [B, chunks, N, C]   total [B, chunks, N], all
+//          float
 // Template C: tokens a chunk   S: tokens s a threadgroup, which divide TILE, which divides C
 //          TILE: tokens t in threadgroup memory at once   PARTS: threads a token, of a simdgroup   N: key features   MARKS
 // Grid     (C / S, chunks, B) of PARTS S threads: each keeps a token s and every PARTS-th key feature, while t moves on
@@ -94,7 +95,7 @@ for (uint t = tid / PARTS; t < first; t += S) {  // above the threadgroup's firs
 for (int j = 0; j < EACH; j++) {
   const uint n = PARTS * j + part;
   if (n < uint(N)) {
-    k_decayed[(chunk * C + s) * N + n] = key[j];
+    k_decayed[(chunk * N + n) * C + s] = key[j];
   }
 }
 if (first == 0) {

@@ -13,7 +13,7 @@ typedef __nv_bfloat16 bfloat16_t;
 
 #define FN __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
-#define TG_ARRAY(type, name, size) __shared__ type name[size]
+#define TG_ARRAY(type, name, size) __shared__ alignas(16) type name[size]
 #define TG_BARRIER() __syncthreads()
 #define SIMD_BARRIER() __syncwarp()
 

@@ -1,26 +1,26 @@
 // The recurrence over the D-wide values, chunk after chunk, from what prepare makes of each:
 //
-//   o = A v + q_decayed S        S <- total S + k_decayed^T v
+//   o = A v + q_decayed S        S <- total S + k_decayed v
 //
 // Products on the matrix units. S stays in registers, in float32; the simdgroups that make o get it through threadgroup
 // memory, a chunk later. k_decayed is multiplied in two parts where the units round it, so S is as exact as in float32:
-// v, of 16 bits, is not rounded.
+// v, of 16 bits, needs no rounding.
 //
-// Inputs   A [B, chunks, C, C]   q_decayed, k_decayed [B, chunks, C, N]   total [B, chunks, N]   state [B, N, D], all
-//          float   v [B, T, D], float16 or bfloat16
+// Inputs   A [B, chunks, C, C]   q_decayed [B, chunks, C, N]   k_decayed [B, chunks, N, C]   total [B, chunks, N]
+//          state [B, N, D], all float   v [B, T, D], float16 or bfloat16
 // Outputs  o [B, T, D] in the type of v   after [B, N, D] float
 // Template T: of v   C: tokens a chunk   N: key features, both multiples of 16   D   W: columns of a threadgroup, a
-//          multiple of 32 that divides D
+//          multiple of 8 that divides D
 // Grid     (D / W, 1, B) of C / 16 simdgroups, each for 16 rows of o, and N / 16, each for 16 rows of S
 
 constexpr int BLOCKS = W / 8;
-constexpr int V_STRIDE = W + 4;  // rows apart in threadgroup memory, such that a simdgroup's loads meet all banks
-constexpr int S_STRIDE = W + 2;
+constexpr int V_STRIDE = C + 12;  // columns apart in threadgroup memory, such that loads and stores meet many banks
+constexpr int S_STRIDE = N + 4;
 constexpr int QUADS = C * W / 4;
 constexpr int SIMDGROUPS = (C + N) / 16;
 constexpr int FETCHES = (QUADS + 32 * SIMDGROUPS - 1) / (32 * SIMDGROUPS);
-TG_ARRAY(T, values, 2 * C * V_STRIDE);
-TG_ARRAY(float, states, 2 * N * S_STRIDE);
+TG_ARRAY(T, values, 2 * W * V_STRIDE);
+TG_ARRAY(float, states, 2 * W * S_STRIDE);
 
 const uint length = uint(v_shape[1]);
 const uint chunks = uint(total_shape[1]);
@@ -30,7 +30,7 @@ const uint m = 16 * (makes_o ? simd_id : simd_id - C / 16);  // the first of the
 const auto v_row = v + size_t(group.z) * length * D + column;
 const auto a_row = A + size_t(group.z) * chunks * C * C + m * C;
 const auto q_row = q_decayed + size_t(group.z) * chunks * C * N + m * N;
-const auto k_row = k_decayed + size_t(group.z) * chunks * C * N + m;
+const auto k_row = k_decayed + size_t(group.z) * chunks * C * N + m * C;
 const auto total_row = total + size_t(group.z) * chunks * N + m;
 
 Four<T> ahead[FETCHES];  // v of the next chunk
@@ -50,7 +50,7 @@ for (int i = 0; i < FETCHES; i++) {
     }
     UNROLL
     for (int j = 0; j < 4; j++) {
-      values[t * V_STRIDE + quad % (W / 4) * 4 + j] = t < length ? ahead[i].x[j] : static_cast<T>(0.0f);
+      values[(quad % (W / 4) * 4 + j) * V_STRIDE + t] = t < length ? ahead[i].x[j] : static_cast<T>(0.0f);
     }
   }
 }
@@ -66,7 +66,7 @@ if (makes_o) {
 } else {
   UNROLL
   for (int k = 0; k < C / 16; k++) {
-    load_left_transposed(a[k], k_row + 16 * k * N, N, lane);
+    load_left(a[k], k_row + 16 * k, C, lane);
   }
   const auto state_row = state + (size_t(group.z) * N + m) * D + column;
   UNROLL
@@ -74,7 +74,7 @@ if (makes_o) {
     UNROLL
     for (int i = 0; i < 4; i++) {
       sum[b].x[i] = state_row[size_t(sum_row(lane, i)) * D + 8 * b + sum_column(lane, i)];
-      states[(m + sum_row(lane, i)) * S_STRIDE + 8 * b + sum_column(lane, i)] = matrix_rounded(sum[b].x[i]);
+      states[(8 * b + sum_column(lane, i)) * S_STRIDE + m + sum_row(lane, i)] = matrix_rounded(sum[b].x[i]);
     }
   }
   decay[0] = total_row[sum_row(lane, 0)];
@@ -85,7 +85,9 @@ TG_BARRIER();
 for (uint chunk = 0; chunk < chunks; chunk++) {
   const uint now = chunk % 2;
   const uint next = chunk + 1 < chunks ? chunk + 1 : chunk;
-  const auto v_now = values + now * (C * V_STRIDE);
+  const auto v_now = values + now * W * V_STRIDE;
+  const auto s_now = states + now * W * S_STRIDE;
+  Right right[BLOCKS];
   UNROLL
   for (int i = 0; i < FETCHES; i++) {
     const uint quad = tid + i * threads;
@@ -111,9 +113,11 @@ for (uint chunk = 0; chunk < chunks; chunk++) {
         }
         UNROLL
         for (int b = 0; b < BLOCKS; b++) {
-          Right right;
-          load_right(right, v_now + 16 * k * V_STRIDE + 8 * b, V_STRIDE, lane);
-          multiply(sum[b], a[k], right);
+          load_right(right[b], v_now + 8 * b * V_STRIDE + 16 * k, V_STRIDE, lane);
+        }
+        UNROLL
+        for (int i = 0; i < 2 * BLOCKS; i++) {
+          multiply(sum[i % BLOCKS], a[k], right[i % BLOCKS], i / BLOCKS);
         }
         load_left(a[k], a_row + size_t(next) * (C * C) + 16 * k, C, lane);
       }
@@ -126,9 +130,11 @@ for (uint chunk = 0; chunk < chunks; chunk++) {
       }
       UNROLL
       for (int b = 0; b < BLOCKS; b++) {
-        Right right;
-        load_right(right, states + now * (N * S_STRIDE) + 16 * k * S_STRIDE + 8 * b, S_STRIDE, lane);
-        multiply(sum[b], q[k], right);
+        load_right(right[b], s_now + 8 * b * S_STRIDE + 16 * k, S_STRIDE, lane);
+      }
+      UNROLL
+      for (int i = 0; i < 2 * BLOCKS; i++) {
+        multiply(sum[i % BLOCKS], q[k], right[i % BLOCKS], i / BLOCKS);
       }
       load_left(q[k], q_row + size_t(next) * (C * N) + 16 * k, N, lane);
     }
@@ -158,27 +164,29 @@ for (uint chunk = 0; chunk < chunks; chunk++) {
       Left rest;
       UNROLL
       for (int i = 0; i < 8; i++) {
-        const float rounded = matrix_rounded(a[k].x[i]);
-        rest.x[i] = a[k].x[i] - rounded;
-        a[k].x[i] = rounded;
+        rest.x[i] = matrix_rest(a[k].x[i]);
+        a[k].x[i] = matrix_rounded(a[k].x[i]);
       }
       UNROLL
       for (int b = 0; b < BLOCKS; b++) {
-        Right right;
-        load_right(right, v_now + 16 * k * V_STRIDE + 8 * b, V_STRIDE, lane);
-        multiply(sum[b], a[k], right);
-        if (MATRIX_ROUNDS) {
-          multiply(sum[b], rest, right);
-        }
+        load_right(right[b], v_now + 8 * b * V_STRIDE + 16 * k, V_STRIDE, lane);
       }
-      load_left_transposed(a[k], k_row + size_t(next) * (C * N) + 16 * k * N, N, lane);
+      UNROLL
+      for (int i = 0; i < 2 * BLOCKS; i++) {
+        multiply(sum[i % BLOCKS], a[k], right[i % BLOCKS], i / BLOCKS);
+      }
+      UNROLL
+      for (int i = 0; i < 2 * BLOCKS && MATRIX_ROUNDS; i++) {
+        multiply(sum[i % BLOCKS], rest, right[i % BLOCKS], i / BLOCKS);
+      }
+      load_left(a[k], k_row + size_t(next) * (C * N) + 16 * k, C, lane);
     }
     UNROLL
     for (int b = 0; b < BLOCKS; b++) {
       UNROLL
       for (int i = 0; i < 4; i++) {
-        const uint at = (m + sum_row(lane, i)) * S_STRIDE + 8 * b + sum_column(lane, i);
-        states[(1 - now) * (N * S_STRIDE) + at] = matrix_rounded(sum[b].x[i]);
+        const uint at = ((1 - now) * W + 8 * b + sum_column(lane, i)) * S_STRIDE + m + sum_row(lane, i);
+        states[at] = matrix_rounded(sum[b].x[i]);
       }
     }
   }
@@ -189,7 +197,7 @@ for (uint chunk = 0; chunk < chunks; chunk++) {
     if (quad < uint(QUADS)) {
       UNROLL
       for (int j = 0; j < 4; j++) {
-        values[((1 - now) * C + t) * V_STRIDE + quad % (W / 4) * 4 + j] =
+        values[((1 - now) * W + quad % (W / 4) * 4 + j) * V_STRIDE + t] =
             next * C + t < length ? ahead[i].x[j] : static_cast<T>(0.0f);
       }
     }
