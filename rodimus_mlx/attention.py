@@ -8,11 +8,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import RotatingKVCache
 
-from .cache import update
+from .cache import keep_last, ordered, update
 from .config import RodimusConfig
 from .kernels.backend import active_backend
-from .layer_ops import split_heads
+from .layer_ops import join_heads, split_heads
 from .pieces import windows
 
 QUERY_BLOCK = 1024  # queries that share one block of scores, at most; a narrow window gets narrower blocks
@@ -101,12 +102,30 @@ class SharedKeyAttention(nn.Module):
         offset = mx.array(0 if cache is None else cache.offset)
         return self.out_proj(self.attend(*self.project(x, offset), masks, cache))
 
-    def project(self, x: mx.array, offset: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def past(self, cache: Any, batch: int, length: int) -> tuple[mx.array, ...] | None:
+        """The keys and values, or none at a text's start, that `project` best puts before those of `length` tokens.
+
+        None: it is best left to `attend`. On a GPU, a piece of a long prompt is joined to what the cache holds in one
+        launch, and padded to whole blocks, which attention takes at once.
+        """
+        long = length >= BAND_BLOCK and batch == 1
+        if self.training or not long or type(cache) is not RotatingKVCache or active_backend() is None:
+            return None
+        return ordered(cache)
+
+    def project(
+        self, x: mx.array, offset: mx.array, past: tuple[mx.array, ...] | None = None
+    ) -> tuple[mx.array, mx.array, mx.array]:
         """x [B, T, d], whose first token stands at `offset` (one number, or [B]), to rotated queries, keys and values.
 
-        Returns: q [B, H, T, head], k [B, 1, T, Hk * head] and v [B, 1, T, Hv * head].
+        Returns: q [B, H, T, head], k [B, 1, T, Hk * head] and v [B, 1, T, Hv * head]; where `past` is given, for
+        `attend_joined`, behind those of its tokens that the first of x sees, and with zeros behind up to a whole block.
         """
-        return split_heads(self.qkv_proj(x), offset, self.heads, self.rope_dims, self.rope_base, self.training)
+        qkv, form = self.qkv_proj(x), (self.heads, self.rope_dims, self.rope_base)
+        if past is None or self.window is None:
+            return split_heads(qkv, offset, *form, self.training)
+        rows = -(-x.shape[1] // BAND_BLOCK) * BAND_BLOCK
+        return join_heads(qkv, offset, *form, past, self.window - 1, rows)
 
     def attend(
         self,
@@ -131,6 +150,13 @@ class SharedKeyAttention(nn.Module):
         if full or (length == 1 and cache is not None):
             return self._attention(q, *self._heads(k, v), None if masks is None else masks.single)
         return self._banded_attention(q, k, v, masks or AttentionMasks(), starts)
+
+    def attend_joined(
+        self, q: mx.array, k: mx.array, v: mx.array, length: int, masks: AttentionMasks, cache: Any
+    ) -> mx.array:
+        """`attend` for `length` tokens, from what `project` joined to the cache's keys and values."""
+        keep_last(cache, k, v, k.shape[2] - (q.shape[2] - length), length)
+        return self._banded_attention(q, k, v, masks, None)[:, :length]
 
     def _heads(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         """Keys and values [B, 1, S, heads * head], each with its own number of heads -> [B, H, S, head]."""

@@ -67,6 +67,19 @@ def update(cache: Any, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.a
     return keys, values
 
 
+def ordered(cache: RotatingKVCache) -> tuple[mx.array, ...]:
+    """A rotating cache's keys and values from the oldest on, [B, 1, S, heads * head] each; of an empty one, nothing."""
+    return () if cache.keys is None else tuple(cache._temporal_order(x) for x in (cache.keys, cache.values))
+
+
+def keep_last(cache: RotatingKVCache, keys: mx.array, values: mx.array, end: int, count: int) -> None:
+    """Move a rotating cache on by `count` tokens, to the window of keys and values that ends before row `end`."""
+    begin = max(0, end - cache.max_size)
+    cache.keys, cache.values = (mx.contiguous(x[..., begin:end, :]) for x in (keys, values))
+    cache._idx = end - begin
+    cache.offset += count
+
+
 def steady(cache: list[Any]) -> bool:
     """Whether one more token changes no array's shape and needs no mask: states exist, windows are full."""
     if active_backend() is None:

@@ -196,6 +196,32 @@ def split_heads(
     return q.swapaxes(1, 2), k, v
 
 
+def join_heads(
+    qkv: mx.array,
+    offset: mx.array,
+    counts: tuple[int, int, int],
+    rope_dims: int,
+    base: float,
+    past: tuple[mx.array, ...],
+    window: int,
+    rows: int,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """`split_heads`, keys and values behind those of tokens before, and all padded with zeros. Not for gradients.
+
+    Shapes: past: keys [B, 1, S, Hk F] and values [B, 1, S, Hv F], of which the last M, at most `window`, are taken; or
+    nothing, so that M = 0. rows: P, at least T.
+
+    Returns: q [B, H, P, F], k [B, 1, M + P, Hk F] and v [B, 1, M + P, Hv F].
+    """
+    backend = active_backend()
+    head = qkv.shape[-1] // sum(counts)
+    if backend is None or not launchers.turns(head, rope_dims):
+        return plain.join_heads(qkv, offset, counts, rope_dims, base, past, window, rows)
+    old = (past[0], past[1]) if past else None
+    q, k, v = launchers.heads(qkv, offset, counts, rope_dims, base, backend, old, window, rows)
+    return q.swapaxes(1, 2), k, v
+
+
 def swiglu(x: mx.array, differentiable: bool = True) -> mx.array:
     """silu(gate) * value of x = value | gate, [..., 2f] -> [..., f]."""
     backend = _backend(x)

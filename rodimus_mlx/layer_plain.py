@@ -182,6 +182,23 @@ def split_heads(
     return q, k, v[:, None]
 
 
+def join_heads(
+    qkv: mx.array,
+    offset: mx.array,
+    counts: tuple[int, int, int],
+    rope_dims: int,
+    base: float,
+    past: tuple[mx.array, ...],
+    window: int,
+    rows: int,
+) -> tuple[mx.array, mx.array, mx.array]:
+    q, *kv = split_heads(qkv, offset, counts, rope_dims, base, False)
+    padding = [(0, 0), (0, 0), (0, rows - qkv.shape[1]), (0, 0)]
+    old = [x[:, :, max(0, x.shape[2] - window) :] for x in past]
+    k, v = (mx.concatenate([*old[i : i + 1], mx.pad(x, padding)], axis=2) for i, x in enumerate(kv))
+    return mx.pad(q, padding), k, v
+
+
 def swiglu(x: mx.array) -> mx.array:
     value, gate = split(x, x.shape[-1] // 2)
     return _silu_times(gate, value)

@@ -98,12 +98,17 @@ class RodimusPlusBlock(RodimusBlock):
         self, h: mx.array, delta: mx.array | None, masks: Masks, cache: Any = None
     ) -> tuple[mx.array, mx.array]:
         """h and delta [B, L, d] -> the same for the next block; moves the cache on."""
-        length = h.shape[1]
+        batch, length, _ = h.shape
+        keys = attention_cache(cache)
+        past = self.attn.past(keys, batch, length)
         modules = [self.mixer_norm, self.mixer, self.attn_norm, self.attn]
         before = self.compiled.part(self, self._before_attention, modules, length)
-        m, q, k, v, *memory = before(h, delta, masks.offset, *recall(cache), masks.marks)
+        m, q, k, v, *memory = before(h, delta, masks.offset, past, *recall(cache), masks.marks)
         remember(cache, memory, length)
-        heads = self.attn.attend(q, k, v, masks.attention, attention_cache(cache))
+        if past is None:
+            heads = self.attn.attend(q, k, v, masks.attention, keys)
+        else:
+            heads = self.attn.attend_joined(q, k, v, length, masks.attention, keys)
         after = self.compiled.part(self, self._after_attention, [self.attn, self.ffn_norm, self.ffn], length)
         return m, after(m, heads)
 
@@ -113,17 +118,22 @@ class RodimusPlusBlock(RodimusBlock):
         """One token on arrays alone; memory: tail, state, and a full window of keys and values, in which the token at
         `index`, the oldest, is replaced."""
         tail, state, keys, values = memory
-        m, q, k, v, *mixed = self._before_attention(h, delta, offset, tail, state, None, None)
+        m, q, k, v, *mixed = self._before_attention(h, delta, offset, None, tail, state, None, None)
         keys, values = (_replaced(old, new, index) for old, new in ((keys, k), (values, v)))
         delta = self._after_attention(m, self.attn.attend(q, keys, values, full=True))
         return m, delta, *mixed, keys, values
 
     def _before_attention(
-        self, h: mx.array, delta: mx.array | None, offset: mx.array, *memory_and_marks: mx.array | None
+        self,
+        h: mx.array,
+        delta: mx.array | None,
+        offset: mx.array,
+        past: tuple[mx.array, ...] | None,
+        *memory_and_marks: mx.array | None,
     ) -> tuple[mx.array, ...]:
         h, mixed, *memory = self._mix(h, delta, *memory_and_marks)
         m, x = add_norm(h, mixed, self.attn_norm.weight, self.attn_norm.eps, self.training)
-        return m, *self.attn.project(x, offset), *memory
+        return m, *self.attn.project(x, offset, past), *memory
 
     def _after_attention(self, m: mx.array, heads: mx.array) -> mx.array:
         a = self.attn.out_proj(heads)

@@ -127,7 +127,10 @@ def mix(
             state = mx.zeros((v.shape[0], gate_bias.shape[0] // 2, v.shape[2]), mx.float32)
         y, state = launchers.step(qkgt, gate_bias, norm_floor, v, c, xz, residual_weight, state, marks, backend)
         return norm(y, norm_weight, norm_epsilon, differentiable=False), state
-    o, state = selective_recurrence(qkgt, gate_bias, v, norm_floor, state, marks)
+    if backend is not None and z is None and launchers.recurs(v.dtype, gate_bias.shape[0] // 2, v.shape[2]):
+        o, state = _in_one_kernel(qkgt, gate_bias, v, norm_floor, state, marks, backend)
+    else:
+        o, state = selective_recurrence(qkgt, gate_bias, v, norm_floor, state, marks)
     return gate_norm(o, c, xz, residual_weight, norm_weight, norm_epsilon, z), state
 
 
@@ -165,6 +168,20 @@ def _plain(
     return recurrence(q, k, v, log_decay, state, marks != PADDING)
 
 
+def _in_one_kernel(
+    qkgt: mx.array,
+    gate_bias: mx.array,
+    v: mx.array,
+    norm_floor: float,
+    state: mx.array | None,
+    marks: mx.array | None,
+    backend: Backend,
+) -> tuple[mx.array, mx.array]:
+    chunk = launchers.tile_size(gate_bias.shape[0] // 2)
+    prepared = launchers.prepare(qkgt, gate_bias, norm_floor, marks, chunk, backend)
+    return launchers.recur(*prepared, v, state, backend)
+
+
 def _with_kernels(norm_floor: float, marks: mx.array | None, backend: Backend) -> Callable[..., Any]:
     """(qkgt, gate_bias, v, state) -> (o, next state) by kernels and matrix products, with their gradient.
 
@@ -183,8 +200,7 @@ def _with_kernels(norm_floor: float, marks: mx.array | None, backend: Backend) -
     def function(qkgt: mx.array, gate_bias: mx.array, v: mx.array, state: mx.array) -> tuple[mx.array, mx.array]:
         n = state.shape[1]
         if launchers.recurs(v.dtype, n, v.shape[2]):
-            prepared = launchers.prepare(qkgt, gate_bias, norm_floor, marks, launchers.tile_size(n), backend)
-            return launchers.recur(*prepared, v, state, backend)
+            return _in_one_kernel(qkgt, gate_bias, v, norm_floor, state, marks, backend)
         chunk = launchers.chunk_size(qkgt.shape[1], n)
         a, q, _, _, values, before, after = chunks(qkgt, gate_bias, v, state, chunk)
         o = mx.addmm(a @ values, q, before)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rodimus_mlx.attention import BAND_BLOCK, SharedKeyAttention
+from rodimus_mlx.attention import BAND_BLOCK, AttentionMasks, SharedKeyAttention
 from rodimus_mlx.cache import attention_cache, make_cache
 from rodimus_mlx.config import RodimusConfig
+from rodimus_mlx.kernels import launchers
 from rodimus_mlx.kernels.backend import Wish, use_backend
 
 TOLERANCE = 1e-5  # float32 sums of some hundred products in another order
@@ -61,10 +64,17 @@ def test_any_cut_is_the_dense_window(window_size: int, cuts: list[int], backend:
     cache = attention_cache(make_cache(config)[0])
     outputs, begin = [], 0
     for count in cuts:
-        projected = layer.project(x[:, begin : begin + count], mx.array(cache.offset))
-        with use_backend(backend):
-            outputs.append(layer.out_proj(layer.attend(*projected, None, cache)))
+        with use_backend(backend), mock.patch.object(launchers, "turns", return_value=False):
+            past = layer.past(cache, 1, count)
+            projected = layer.project(x[:, begin : begin + count], mx.array(cache.offset), past)
+            if past is None:
+                heads = layer.attend(*projected, None, cache)
+            else:
+                heads = layer.attend_joined(*projected, count, AttentionMasks(), cache)
+                assert cache.keys.shape[2] == min(begin + count, layer.window)
+        outputs.append(layer.out_proj(heads))
         begin += count
+        assert cache.offset == begin
     assert mx.abs(mx.concatenate(outputs, axis=1) - dense(layer, x)).max() <= TOLERANCE
 
 

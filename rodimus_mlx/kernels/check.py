@@ -154,6 +154,10 @@ def _cases(s: Sizes, dtype: mx.Dtype) -> Iterator[tuple[str, Callable[..., Any],
         qkv = x(batch, tokens, sum(heads) * 16)
         yield f"split_heads, {rope_dims} turned", split_heads, (qkv, mx.array(70))
         yield "split_heads, rows apart", split_heads, (qkv, mx.arange(batch) * 1000)
+        old = x(batch, 1, 7, heads[1] * 16), x(batch, 1, 7, heads[2] * 16)
+        for past, window in (((), 5), (old, 5), (old, 9)):
+            join_heads = partial(_join_heads, counts=heads, rope_dims=rope_dims, window=window, rows=tokens + 3)
+            yield f"join_heads, {len(past)} before, window of {window}", join_heads, (qkv, mx.array(70), *past)
     marks = mx.random.randint(0, 3, (batch, tokens)).astype(mx.uint8)
     for kind, mark in (("", None), (" with marks", marks)):
         conv = partial(layer_ops.conv_gate, marks=mark)
@@ -183,6 +187,10 @@ def _cases(s: Sizes, dtype: mx.Dtype) -> Iterator[tuple[str, Callable[..., Any],
         projections = _recurrence_inputs(s, dtype, 2.0)
         yield "recurrence" + kind, recurrence, projections
         yield "recurrence gradient" + kind, _vjp(recurrence, projections), projections
+
+
+def _join_heads(qkv: mx.array, offset: mx.array, *past: mx.array, **options: Any) -> tuple[mx.array, ...]:
+    return layer_ops.join_heads(qkv, offset, base=10000.0, past=past, **options)
 
 
 def _norm_of_a_sum(h: mx.array, weight: mx.array, delta: mx.array) -> mx.array:

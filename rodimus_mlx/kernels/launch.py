@@ -73,8 +73,8 @@ class Kernel:
         helpers: files of functions that the body calls, put after the prologue; {backend} in a name becomes metal or
             cuda.
         ensure_row_contiguous: copy inputs that are not row contiguous before the launch.
-        residents: threads of a threadgroup at most, and threadgroups that a multiprocessor is to hold at once, for which
-            CUDA's compiler keeps to few enough registers; None: as many as it likes.
+        residents: a threadgroup's threads at most, and threadgroups that a multiprocessor is to hold at once, for which
+            CUDA's compiler keeps to few enough registers; None: it takes as many as it likes.
     """
 
     def __init__(

@@ -70,7 +70,12 @@ _low_rank = Kernel(
     body="low_rank.metal",
     helpers=["matrix_{backend}.h"],
 )
-_heads = Kernel("rodimus_heads", inputs=["qkv", "offset", "base"], outputs=["q", "k", "v"], body="heads.metal")
+_heads = Kernel(
+    "rodimus_heads",
+    inputs=["qkv", "offset", "base", "old_k", "old_v"],
+    outputs=["q", "k", "v"],
+    body="heads.metal",
+)
 _swiglu = Kernel("rodimus_swiglu", inputs=["x"], outputs=["out"], body="swiglu.metal", helpers=SHARED)
 
 
@@ -253,21 +258,23 @@ def recurs(v: mx.Dtype, n: int, width: int) -> bool:
 
 
 def recur(
-    a: mx.array, q: mx.array, k: mx.array, total: mx.array, v: mx.array, state: mx.array, backend: Backend
+    a: mx.array, q: mx.array, k: mx.array, total: mx.array, v: mx.array, state: mx.array | None, backend: Backend
 ) -> tuple[mx.array, mx.array]:
     """`prepare`'s arrays, of chunks of one tile, v [B, T, D] and state [B, n, D] -> o in v's type, and the next state.
+
+    A state of None is zeros.
 
     On CUDA the factors of o are rounded to TF32, those of the state are not.
     """
     batch, _, inner = v.shape
     chunk, n = q.shape[2:]
     o, after = _recur(
-        [a, q, k, total, v, state],
+        [a, q, k, total, v, total if state is None else state],
         groups=(inner // RECUR_COLUMNS, 1, batch),
         threads=(chunk + n) * 2,
-        output_shapes=[v.shape, state.shape],
+        output_shapes=[v.shape, (batch, n, inner)],
         output_dtypes=[v.dtype, mx.float32],
-        template={"T": v.dtype, "C": chunk, "N": n, "D": inner, "W": RECUR_COLUMNS},
+        template={"T": v.dtype, "C": chunk, "N": n, "D": inner, "W": RECUR_COLUMNS, "FRESH": state is None},
         backend=backend,
     )
     return o, after
@@ -346,20 +353,34 @@ def turns(head: int, rope_dims: int) -> bool:
 
 
 def heads(
-    qkv: mx.array, offset: mx.array, counts: tuple[int, int, int], rope_dims: int, base: float, backend: Backend
+    qkv: mx.array,
+    offset: mx.array,
+    counts: tuple[int, int, int],
+    rope_dims: int,
+    base: float,
+    backend: Backend,
+    past: tuple[mx.array, mx.array] | None = None,
+    window: int = 0,
+    rows: int = 0,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """qkv [B, T, (H + Hk + Hv) F] -> q [B, T, H, F], k [B, 1, T, Hk F] and v [B, 1, T, Hv F]; offset: one, or [B]."""
+    """qkv [B, T, (H + Hk + Hv) F] -> q [B, P, H, F], k [B, 1, M + P, Hk F] and v [B, 1, M + P, Hv F].
+
+    offset: one, or [B]. past: keys and values before, of which the last M, at most `window`, come first; None: M = 0.
+    rows: P, of which those from T on are zeros; 0: P = T.
+    """
     batch, length, width = qkv.shape
     head = width // sum(counts)
     num_heads, num_k, num_v = counts
+    rows = rows or length
+    before = 0 if past is None else min(past[0].shape[2], window)
     q, k, v = _heads(
-        [qkv, offset.reshape(-1), scalar(math.log2(base))],
-        groups=(length, 1, batch),
+        [qkv, offset.reshape(-1), scalar(math.log2(base)), *(past or (qkv, qkv))],
+        groups=(before + rows, 1, batch),
         threads=HEADS_THREADS,
         output_shapes=[
-            (batch, length, num_heads, head),
-            (batch, 1, length, num_k * head),
-            (batch, 1, length, num_v * head),
+            (batch, rows, num_heads, head),
+            (batch, 1, before + rows, num_k * head),
+            (batch, 1, before + rows, num_v * head),
         ],
         output_dtypes=[qkv.dtype] * 3,
         template={
@@ -370,6 +391,7 @@ def heads(
             "R": rope_dims,
             "EACH": offset.size > 1,
             "WIDTH": HEADS_THREADS,
+            "WINDOW": 0 if past is None else window,
         },
         backend=backend,
     )

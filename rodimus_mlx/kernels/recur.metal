@@ -10,7 +10,7 @@
 //          state [B, N, D], all float   v [B, T, D], float16 or bfloat16
 // Outputs  o [B, T, D] in the type of v   after [B, N, D] float
 // Template T: of v   C: tokens a chunk   N: key features, both multiples of 16   D   W: columns of a threadgroup, a
-//          multiple of 8 that divides D
+//          multiple of 8 that divides D   FRESH: state is zeros, and not read
 // Grid     (D / W, 1, B) of C / 16 simdgroups, each for 16 rows of o, and N / 16, each for 16 rows of S
 
 constexpr int BLOCKS = W / 8;
@@ -73,7 +73,7 @@ if (makes_o) {
   for (int b = 0; b < BLOCKS; b++) {
     UNROLL
     for (int i = 0; i < 4; i++) {
-      sum[b].x[i] = state_row[size_t(sum_row(lane, i)) * D + 8 * b + sum_column(lane, i)];
+      sum[b].x[i] = FRESH ? 0.0f : state_row[size_t(sum_row(lane, i)) * D + 8 * b + sum_column(lane, i)];
       states[(8 * b + sum_column(lane, i)) * S_STRIDE + m + sum_row(lane, i)] = matrix_rounded(sum[b].x[i]);
     }
   }
