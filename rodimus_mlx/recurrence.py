@@ -178,7 +178,7 @@ def _in_one_kernel(
     backend: Backend,
 ) -> tuple[mx.array, mx.array]:
     chunk = launchers.tile_size(gate_bias.shape[0] // 2)
-    prepared = launchers.prepare(qkgt, gate_bias, norm_floor, marks, chunk, backend)
+    prepared = launchers.prepare(qkgt, gate_bias, norm_floor, marks, chunk, backend, tiled=True)
     return launchers.recur(*prepared, v, state, backend)
 
 

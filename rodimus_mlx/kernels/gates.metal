@@ -60,3 +60,9 @@ FN void gate_part(
     }
   }
 }
+
+// Where an element of a matrix COLUMNS wide lies, row by row or in squares of 16 x 16.
+template <bool TILED, int COLUMNS>
+FN uint place(uint row, uint column) {
+  return TILED ? (row / 16 * (COLUMNS / 16) + column / 16) * 256 + row % 16 * 16 + column % 16 : row * COLUMNS + column;
+}

@@ -210,8 +210,11 @@ def prepare(
     marks: mx.array | None,
     chunk: int,
     backend: Backend,
+    tiled: bool = False,
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """qkgt [B, T, 4n], in chunks of whole tiles.
+
+    tiled: the first three of the results in squares of 16 x 16, for `recur`; chunk and n are multiples of 16.
 
     Returns: A [B, N, C, C], decayed q [B, N, C, n] and k [B, N, n, C], total [B, N, n].
     """
@@ -231,7 +234,15 @@ def prepare(
             (batch, chunks, n),
         ],
         output_dtypes=[mx.float32] * 4,
-        template={"C": chunk, "S": strip, "TILE": tile, "PARTS": parts, "N": n, "MARKS": marks is not None},
+        template={
+            "C": chunk,
+            "S": strip,
+            "TILE": tile,
+            "PARTS": parts,
+            "N": n,
+            "MARKS": marks is not None,
+            "TILED": tiled,
+        },
         backend=backend,
     )
     return a, q, k, total
@@ -260,7 +271,7 @@ def recurs(v: mx.Dtype, n: int, width: int) -> bool:
 def recur(
     a: mx.array, q: mx.array, k: mx.array, total: mx.array, v: mx.array, state: mx.array | None, backend: Backend
 ) -> tuple[mx.array, mx.array]:
-    """`prepare`'s arrays, of chunks of one tile, v [B, T, D] and state [B, n, D] -> o in v's type, and the next state.
+    """`prepare`'s arrays, tiled and of chunks of one tile, v [B, T, D] and state [B, n, D] -> o in v's type, and the next state.
 
     A state of None is zeros.
 

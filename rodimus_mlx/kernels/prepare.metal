@@ -9,8 +9,10 @@
 //          marks [B, T] uint8 (with MARKS): 0 padding, which leaves the state, 1 token, 2 first of a document
 // Outputs  A [B, chunks, C, C]   q_decayed [B, chunks, C, N]   k_decayed [B, chunks, N, C]   total [B, chunks, N], all
 //          float
+//          with TILED, each of A, q_decayed and k_decayed in squares of 16 x 16, row by row in and of squares
 // Template C: tokens a chunk   S: tokens s a threadgroup, which divide TILE, which divides C
 //          TILE: tokens t in threadgroup memory at once   PARTS: threads a token, of a simdgroup   N: key features   MARKS
+//          TILED: C and N are multiples of 16
 // Grid     (C / S, chunks, B) of PARTS S threads: each keeps a token s and every PARTS-th key feature, while t moves on
 
 constexpr int EACH = (N + PARTS - 1) / PARTS;
@@ -60,7 +62,7 @@ for (uint tile = first / TILE * TILE; tile < uint(C); tile += TILE) {
       const uint n = tid + j * PARTS * S;
       for (uint i = 0; n < uint(N) && i < uint(TILE); i++) {
         product[j] *= a_tile[i * N + n];
-        q_decayed[(chunk * C + tile + i) * N + n] = q_tile[i * N + n] * product[j];
+        q_decayed[chunk * (C * N) + place<TILED, N>(tile + i, n)] = q_tile[i * N + n] * product[j];
       }
     }
   }
@@ -82,20 +84,20 @@ for (uint tile = first / TILE * TILE; tile < uint(C); tile += TILE) {
     for (uint e = 0; e < uint(TOGETHER); e++) {
       const uint t = tile + i + e;
       if (part == e) {
-        A[(chunk * C + t) * C + s] = t >= s ? dot[e] : 0.0f;
+        A[chunk * (C * C) + place<TILED, C>(t, s)] = t >= s ? dot[e] : 0.0f;
       }
     }
   }
 }
 for (uint t = tid / PARTS; t < first; t += S) {  // above the threadgroup's first token
   for (uint i = part; i < uint(S); i += PARTS) {
-    A[(chunk * C + t) * C + first + i] = 0.0f;
+    A[chunk * (C * C) + place<TILED, C>(t, first + i)] = 0.0f;
   }
 }
 for (int j = 0; j < EACH; j++) {
   const uint n = PARTS * j + part;
   if (n < uint(N)) {
-    k_decayed[(chunk * N + n) * C + s] = key[j];
+    k_decayed[chunk * (C * N) + place<TILED, C>(n, s)] = key[j];
   }
 }
 if (first == 0) {

@@ -7,7 +7,7 @@
 // v, of 16 bits, needs no rounding.
 //
 // Inputs   A [B, chunks, C, C]   q_decayed [B, chunks, C, N]   k_decayed [B, chunks, N, C]   total [B, chunks, N]
-//          state [B, N, D], all float   v [B, T, D], float16 or bfloat16
+//          (the first three in squares of 16 x 16, as prepare makes them)   state [B, N, D], all float   v [B, T, D], float16 or bfloat16
 // Outputs  o [B, T, D] in the type of v   after [B, N, D] float
 // Template T: of v   C: tokens a chunk   N: key features, both multiples of 16   D   W: columns of a threadgroup, a
 //          multiple of 8 that divides D   FRESH: state is zeros, and not read
@@ -57,16 +57,16 @@ for (int i = 0; i < FETCHES; i++) {
 if (makes_o) {
   UNROLL
   for (int k = 0; k < C / 16; k++) {
-    load_left(a[k], a_row + 16 * k, C, lane);
+    load_left(a[k], a_row + 256 * k, 16, lane);
   }
   UNROLL
   for (int k = 0; k < N / 16; k++) {
-    load_left(q[k], q_row + 16 * k, N, lane);
+    load_left(q[k], q_row + 256 * k, 16, lane);
   }
 } else {
   UNROLL
   for (int k = 0; k < C / 16; k++) {
-    load_left(a[k], k_row + 16 * k, C, lane);
+    load_left(a[k], k_row + 256 * k, 16, lane);
   }
   const auto state_row = state + (size_t(group.z) * N + m) * D + column;
   UNROLL
@@ -119,7 +119,7 @@ for (uint chunk = 0; chunk < chunks; chunk++) {
         for (int i = 0; i < 2 * BLOCKS; i++) {
           multiply(sum[i % BLOCKS], a[k], right[i % BLOCKS], i / BLOCKS);
         }
-        load_left(a[k], a_row + size_t(next) * (C * C) + 16 * k, C, lane);
+        load_left(a[k], a_row + size_t(next) * (C * C) + 256 * k, 16, lane);
       }
     }
     UNROLL
@@ -136,7 +136,7 @@ for (uint chunk = 0; chunk < chunks; chunk++) {
       for (int i = 0; i < 2 * BLOCKS; i++) {
         multiply(sum[i % BLOCKS], q[k], right[i % BLOCKS], i / BLOCKS);
       }
-      load_left(q[k], q_row + size_t(next) * (C * N) + 16 * k, N, lane);
+      load_left(q[k], q_row + size_t(next) * (C * N) + 256 * k, 16, lane);
     }
     UNROLL
     for (int i = 0; i < 4; i += 2) {
@@ -179,7 +179,7 @@ for (uint chunk = 0; chunk < chunks; chunk++) {
       for (int i = 0; i < 2 * BLOCKS && MATRIX_ROUNDS; i++) {
         multiply(sum[i % BLOCKS], rest, right[i % BLOCKS], i / BLOCKS);
       }
-      load_left(a[k], k_row + size_t(next) * (C * N) + 16 * k, C, lane);
+      load_left(a[k], k_row + size_t(next) * (C * N) + 256 * k, 16, lane);
     }
     UNROLL
     for (int b = 0; b < BLOCKS; b++) {
