@@ -271,7 +271,7 @@ def recurs(v: mx.Dtype, n: int, width: int) -> bool:
 def recur(
     a: mx.array, q: mx.array, k: mx.array, total: mx.array, v: mx.array, state: mx.array | None, backend: Backend
 ) -> tuple[mx.array, mx.array]:
-    """`prepare`'s arrays, tiled and of one tile a chunk, v [B, T, D] and state [B, n, D] -> o, in v's type, and next state.
+    """`prepare`'s arrays, tiled and of one tile a chunk, v [B, T, D], state [B, n, D] -> o in v's type, and next state.
 
     A state of None is zeros.
 
