@@ -23,6 +23,7 @@ RECUR_KEYS = (16, 32, 48, 64)  # key features whose states fit in its threadgrou
 
 SHARED = ["gates.metal"]
 CONV = [*SHARED, "conv.metal"]
+MATRIX = ["matrix.h", "matrix_{backend}.h"]
 _conv_gate = Kernel(
     "rodimus_conv_gate",
     inputs=["xz", "u", "value_bias", "tail", "expand", "weight", "bias", "marks"],
@@ -50,7 +51,7 @@ _recur = Kernel(
     inputs=["A", "q_decayed", "k_decayed", "total", "v", "state"],
     outputs=["o", "after"],
     body="recur.metal",
-    helpers=["matrix_{backend}.h"],
+    helpers=MATRIX,
     residents=(256, 2),
 )
 _add_norm = Kernel(
@@ -68,7 +69,7 @@ _low_rank = Kernel(
     inputs=["xz", "down", "up"],
     outputs=["u"],
     body="low_rank.metal",
-    helpers=["matrix_{backend}.h"],
+    helpers=MATRIX,
 )
 _heads = Kernel(
     "rodimus_heads",

@@ -5,15 +5,6 @@
 #define MATRIX_ROUNDS false
 
 typedef simdgroup_matrix<float, 8, 8> Matrix8;
-struct Left {
-  float x[8];
-};
-struct Right {
-  float x[4];
-};
-struct Sum {
-  float x[4];
-};
 
 FN uint matrix_row(uint lane) { return lane / 16 * 4 + lane / 2 % 4; }
 FN uint matrix_column(uint lane) { return lane / 8 % 2 * 4 + lane % 2 * 2; }

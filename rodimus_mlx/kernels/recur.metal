@@ -7,7 +7,8 @@
 // v, of 16 bits, needs no rounding.
 //
 // Inputs   A [B, chunks, C, C]   q_decayed [B, chunks, C, N]   k_decayed [B, chunks, N, C]   total [B, chunks, N]
-//          (the first three in squares of 16 x 16, as prepare makes them)   state [B, N, D], all float   v [B, T, D], float16 or bfloat16
+//          (the first three in squares of 16 x 16, as prepare makes them)   state [B, N, D], all float
+//          v [B, T, D], float16 or bfloat16
 // Outputs  o [B, T, D] in the type of v   after [B, N, D] float
 // Template T: of v   C: tokens a chunk   N: key features, both multiples of 16   D   W: columns of a threadgroup, a
 //          multiple of 8 that divides D   FRESH: state is zeros, and not read

@@ -28,9 +28,10 @@ FLOAT64 = {mx.float32: 2e-5, mx.float16: 5e-4, mx.bfloat16: 2e-3}
 STATE = 4e-6  # the state is float32 whatever the values are; where nothing decays, a sum of 150 terms
 
 # Relative errors of whole models against plain MLX. float32: sums in another order, through two layers and back.
-# 16 bits: where such a sum falls to the other side of a rounding border, the layers behind go on from there; either is
-# about as far from float32's.
-MODELS = {mx.float32: 2e-5, mx.float16: 5e-3, mx.bfloat16: 3e-2}
+# 16 bits: where such a sum falls to the other side of a rounding border, the layers behind go on from there.
+MODELS = {mx.float32: 2e-5, mx.float16: 5e-3, mx.bfloat16: 2e-2}
+# Values kept in 16 bits, which plain MLX keeps in float32; either is 4e-2 from float32's logits in bfloat16.
+LONG = {**MODELS, mx.bfloat16: 3e-2}
 # Gradients in 16 bits: kernels keep v and o in them, plain MLX in float32; both are as far from float32's gradients.
 GRADIENTS = {mx.float32: 2e-5, mx.float16: 1e-2, mx.bfloat16: 8e-2}
 
@@ -39,6 +40,8 @@ Outputs = dict[str, mx.array]
 
 def model_bound(case: str, dtype: mx.Dtype) -> float:
     """What the errors of a case must keep."""
+    if case == "long prompt":
+        return LONG[dtype]
     return (GRADIENTS if case.startswith("gradients") else MODELS)[dtype]
 
 
