@@ -3,12 +3,15 @@
     python tests/bench_recurrence.py [--length 1024] [--n 64] [--width 4096] [--repeats 3]
 
 Nearly all of the chunked form is matrix products, so their speed decides; it is printed too. MLX's Linux wheel links a
-plain BLAS: preload a faster one, for example LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libopenblas.so.0
+plain BLAS: preload a faster one, for example LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libopenblas.so.0, and let it choose
+the kernel for its processor (no OPENBLAS_CORETYPE): some choices of some versions compute wrong, so the results of both
+are compared as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 
@@ -18,14 +21,14 @@ from rodimus_mlx.kernels.chunked import chunked_recurrence
 from rodimus_mlx.kernels.reference import sequential_recurrence
 
 
-def seconds(function: Callable[[], object], repeats: int) -> float:
-    """The fastest of some runs, after one to warm up."""
+def seconds(function: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """The fastest and the median of some runs, after one to warm up."""
     times = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()
         mx.eval(function())
         times.append(time.perf_counter() - begin)
-    return min(times[1:])
+    return min(times[1:]), statistics.median(times[1:])
 
 
 def main() -> None:
@@ -46,11 +49,16 @@ def main() -> None:
     mx.eval(inputs)
 
     square = mx.random.normal((1024, 1024))
-    product = seconds(lambda: square @ square, arguments.repeats)
+    product, _ = seconds(lambda: square @ square, arguments.repeats)
     print(f"float32 matrix product: {2 * 1024**3 / product / 1e9:.1f} GFLOP/s")
-    loop = seconds(lambda: sequential_recurrence(*inputs), arguments.repeats)
+    # before the loop, whose thousands of arrays leave the heap in pieces
     chunked = seconds(lambda: chunked_recurrence(*inputs), arguments.repeats)
-    print(f"T {length}, n {n}, D {width}: loop {loop:.3f} s, chunked {chunked:.3f} s, ratio {loop / chunked:.1f}")
+    loop = seconds(lambda: sequential_recurrence(*inputs), arguments.repeats)
+    print(f"T {length}, n {n}, D {width}")
+    for name, slow, fast in zip(("fastest", "median"), loop, chunked):
+        print(f"{name}: loop {slow * 1e3:.1f} ms, chunked {fast * 1e3:.2f} ms, ratio {slow / fast:.1f}")
+    for name, x, y in zip(("outputs", "state"), chunked_recurrence(*inputs), sequential_recurrence(*inputs)):
+        print(f"{name}: differ by {(mx.abs(x - y).max() / mx.abs(y).max()).item():.1e} of the largest")
 
 
 if __name__ == "__main__":
