@@ -116,7 +116,7 @@ def conv_gate(
     Returns: c [B, T, D] in the type of x; v [B, T, D], from a kernel in the type `values`, or where its gradient is
     wanted, for which it is kept, in the type of x; and the next tail [B, K - 1, D].
     """
-    backend = _backend(tail)
+    backend = _backend(tail) if tail.size else None  # Metal takes an array without elements for another kind of memory
     if expand is not None and (backend is None or x is not None or not _joins(u)):
         u, expand = u @ expand.T, None
     if backend is None:

@@ -32,7 +32,7 @@ class DDTSMixer(nn.Module):
     def __init__(self, config: RodimusConfig):
         super().__init__()
         d, inner, n = config.d_model, config.d_inner, config.mem_size
-        self.norm_floor = config.normalize_epsilon
+        self.norm_floor = max(config.normalize_epsilon, 1e-18)  # its square must be above 0 in float32
         self.fc = nn.Linear(d, 2 * inner, bias=False)  # x | z
         self.conv = CausalConv(inner, config.d_conv)
         self.qkgt_proj = nn.Linear(inner, 4 * n, bias=False)
@@ -88,6 +88,10 @@ class DDTSMixer(nn.Module):
             z=z,
         )
         return self.out_proj(y), next_tail, state
+
+    def start(self) -> tuple[mx.array, mx.array] | None:
+        """The tail [1, taps - 1, D] and the state [1, n, D] that a text starts from; None: zeros."""
+        return None
 
     def _input_gate(self, xz: mx.array, x: mx.array) -> tuple[mx.array, mx.array | None]:
         """ch_gate_1(ch_gate_0(x)) [B, T, D]; or ch_gate_0(x) [B, T, r] and the weight that `conv_gate` is to apply."""

@@ -263,7 +263,7 @@ class Model(nn.Module):
             logits [B, L, vocab], in the type of the weights.
 
         Raises:
-            ValueError: where mask or documents have another shape than tokens, or do not go with the rest.
+            ValueError: where there is no token, or mask or documents have another shape or do not go with the rest.
         """
         _check(tokens, cache, mask, documents)
         return self.head(self.model(tokens, cache, mask, documents))
@@ -278,8 +278,16 @@ class Model(nn.Module):
         return self.model.layers
 
     def make_cache(self) -> list[Any]:
-        """An empty cache, one entry a layer."""
-        return make_cache(self.args)
+        """A cache for a text not begun, one entry a layer.
+
+        Where mixers have learned what to start from, it is in the cache from the beginning: mlx-lm fills the rows of a
+        batch that have read nothing with zeros.
+        """
+        cache = make_cache(self.args)
+        for layer, kept in zip(self.layers, cache):
+            if (start := layer.mixer.start()) is not None:
+                remember(kept, start, 0)
+        return cache
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Weights under an official or fla checkpoint's names, or our own, to our own names."""
@@ -303,6 +311,8 @@ def _start_computing(*arrays: mx.array) -> None:
 
 
 def _check(tokens: mx.array, cache: list[Any] | None, mask: mx.array | None, documents: mx.array | None) -> None:
+    if tokens.ndim != 2 or tokens.size == 0:
+        raise ValueError(f"tokens must be [B, L] with at least one row and one token, not {tokens.shape}")
     for name, x in (("mask", mask), ("documents", documents)):
         if x is not None and x.shape != tokens.shape:
             raise ValueError(f"{name} must have the shape of tokens, {tokens.shape}, not {x.shape}")

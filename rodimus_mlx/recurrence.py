@@ -85,7 +85,7 @@ def selective_recurrence(
     if state is None:
         state = mx.zeros((v.shape[0], gate_bias.shape[0] // 2, v.shape[2]), mx.float32)
     backend = active_backend()
-    if backend is None:
+    if backend is None or not launchers.tile_size(state.shape[1]):
         return _plain(qkgt, gate_bias, v, state, norm_floor=norm_floor, marks=marks)
     return _with_kernels(norm_floor, marks, backend)(qkgt, gate_bias, v, state)
 

@@ -8,6 +8,8 @@ import pytest
 from helpers import golden_model, largest_difference, random_model, random_tokens, run_in_steps, tiny_config
 from mlx_lm.generate import BatchGenerator, PromptProcessingBatch
 
+from rodimus_mlx.finetune.initial_state import add_initial_states
+
 LOGPROBS = 1e-4  # float32 log probabilities of size 1 to 10: sums in another order, no more
 # Tokens can be compared only where the best logit leads the second by more than noise; these prompts are chosen so.
 MARGIN = 2e-3
@@ -62,13 +64,17 @@ def generate(generator, prompts, arrivals=(), **insert):
     raise AssertionError
 
 
-@pytest.fixture(scope="module", params=["plus_bin", "rodimus", "plus_untied_sharded", "full_keys2"])
+@pytest.fixture(scope="module", params=["plus_bin", "rodimus", "plus_untied_sharded", "full_keys2", "learned"])
 def expected(request):
     """A model, 16 prompts, and what each gives alone."""
     name = request.param
     if name == "full_keys2":
         changes = {"window_size": None, "num_heads_k": 2, "num_heads_v": 3}
         model = random_model(tiny_config(vocab_size=300, attn_cfg=changes), seed=1)
+    elif name == "learned":  # states to start from, which rows that join late must find as well
+        model = random_model(tiny_config(vocab_size=300), seed=1)
+        for seed, mixer in enumerate(add_initial_states(model, -1)):
+            mixer.initial_state = mx.random.normal(mixer.initial_state.shape, key=mx.random.key(seed))
     else:
         model = golden_model(name)
     prompts = make_prompts(model, SEEDS[name])
@@ -77,7 +83,7 @@ def expected(request):
     return model, prompts, results
 
 
-SEEDS = {"plus_bin": 1, "rodimus": 5, "plus_untied_sharded": 0, "full_keys2": 4}
+SEEDS = {"plus_bin": 1, "rodimus": 5, "plus_untied_sharded": 0, "full_keys2": 4, "learned": 4}
 
 
 def assert_same(tokens, rows, results):

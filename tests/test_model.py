@@ -110,6 +110,20 @@ def test_gradients_where_keys_are_zero(padded):
     assert [name for name, gradient in tree_flatten(gradients) if not mx.all(mx.isfinite(gradient)).item()] == []
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (3,)])
+def test_there_must_be_tokens(shape):
+    with pytest.raises(ValueError, match="at least one row and one token"):
+        random_model(tiny_config())(mx.zeros(shape, mx.int32))
+
+
+@pytest.mark.parametrize("floor", [1e-12, 1e-30])
+def test_keys_of_zeros_are_numbers_whatever_the_floor(floor):
+    model = random_model(tiny_config(mixer_cfg={"normalize_epsilon": floor}))
+    for layer in model.layers:
+        layer.mixer.conv.weight, layer.mixer.conv.bias = (mx.zeros_like(x) for x in layer.mixer.conv.values())
+    assert mx.all(mx.isfinite(model(random_tokens(model, 1, 5)))).item()
+
+
 def test_padding_belongs_to_the_cache():
     model = random_model(tiny_config())
     tokens = random_tokens(model, 1, 3)

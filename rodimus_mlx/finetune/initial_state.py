@@ -21,10 +21,15 @@ class StatefulMixer(DDTSMixer):
         self, h: mx.array, tail: mx.array | None = None, state: mx.array | None = None, *rest: mx.array | None
     ) -> tuple[mx.array, mx.array, mx.array]:
         """As `DDTSMixer`, with the learned state in place of none."""
-        if state is None:
-            start = self[STATE].astype(mx.float32)
-            state = mx.broadcast_to(start, (h.shape[0], *start.shape))
+        if tail is None or state is None:
+            tail, state = self.start()
+        tail, state = (mx.broadcast_to(x, (h.shape[0], *x.shape[1:])) for x in (tail, state))
         return super().__call__(h, tail, state, *rest)
+
+    def start(self) -> tuple[mx.array, mx.array]:
+        """As `DDTSMixer`; the state is the learned one."""
+        features, taps = self.conv.weight.shape
+        return mx.zeros((1, taps - 1, features), self.conv.weight.dtype), self[STATE].astype(mx.float32)[None]
 
 
 def add_initial_states(model: Any, num_layers: int) -> list[StatefulMixer]:

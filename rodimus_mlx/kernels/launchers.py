@@ -194,7 +194,7 @@ def step(
 
 
 def tile_size(n: int) -> int:
-    """Tokens whose float32 q and decays fit in threadgroup memory, 32 KB, at once."""
+    """Tokens whose float32 q and decays fit in threadgroup memory, 32 KB, at once; 0: too few for the kernels."""
     return min(64, 4096 // n // 16 * 16)
 
 

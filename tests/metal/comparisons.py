@@ -138,7 +138,9 @@ def _states(cache: list[Any]) -> Outputs:
 
 # Sizes other than helpers.tiny_config's, which no matrix unit takes.
 CHANGES: dict[str, dict[str, Any]] = {
-    "long prompt": {"d_model": 64, "mixer_cfg": {"expand_ratio": 1.0, "mem_size": 16}, "attn_cfg": {"num_heads": 4}}
+    "long prompt": {"d_model": 64, "mixer_cfg": {"expand_ratio": 1.0, "mem_size": 16}, "attn_cfg": {"num_heads": 4}},
+    "more keys than kernels take": {"mixer_cfg": {"mem_size": 260}},
+    "one tap": {"mixer_cfg": {"d_conv": 1}},
 }
 CASES: dict[str, Callable[[Model], Outputs]] = {
     "prompt in cuts": _cuts,
@@ -149,4 +151,6 @@ CASES: dict[str, Callable[[Model], Outputs]] = {
     "joined batch": _batched,
     "gradients": _gradients,
     "gradients, packed": _packed_gradients,
+    "more keys than kernels take": _cuts,
+    "one tap": _cuts,
 }
