@@ -156,7 +156,7 @@ def _check_numbers(passed: dict[str, Any], vocab_size: int, most_tokens: int) ->
     if not isinstance(bias, dict):
         _refuse("logit_bias must be an object of token ids and numbers", "logit_bias")
     for key, value in bias.items():
-        if not (key.isascii() and key.isdigit() and int(key[:20]) < vocab_size):
+        if not (key.isascii() and key.isdigit() and len(key) <= 20 and int(key) < vocab_size):
             _refuse(f"logit_bias: there is no token {_shown(key)}", "logit_bias")
         if not isinstance(value, (int, float)) or not -100 <= value <= 100:
             _refuse("logit_bias: values must be from -100 to 100", "logit_bias")

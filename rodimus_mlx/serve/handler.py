@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from email.message import Message
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from mlx_lm.server import APIHandler, CompletionRequest
 
@@ -54,7 +54,8 @@ class Handler(APIHandler):
     def do_GET(self) -> None:
         """The page, health, models and states."""
         with self._answering():
-            self.path = urlsplit(self.path).path
+            self._check_origin()
+            self.path = self.path.partition("?")[0]
             if self.path in _PAGE_FILES:
                 self._send_page(*_PAGE_FILES[self.path])
             elif self.path == "/health":
@@ -66,7 +67,8 @@ class Handler(APIHandler):
     def do_POST(self) -> None:
         """Completions."""
         with self._answering():
-            self.path = urlsplit(self.path).path
+            self._check_origin()
+            self.path = self.path.partition("?")[0]
             raw = self._read_body()
             self._check_key()
             if self.path not in _COMPLETIONS:
@@ -86,6 +88,7 @@ class Handler(APIHandler):
     def do_OPTIONS(self) -> None:
         """What a browser asks before it asks for a page of another origin."""
         with self._answering():
+            self._check_origin()
             super().do_OPTIONS()
 
     def validate_model_parameters(self) -> None:
@@ -131,7 +134,6 @@ class Handler(APIHandler):
         """Turns whatever goes wrong into an answer, or into silence where the client has gone."""
         self._begun = False
         try:
-            self._check_origin()
             yield
         except (ApiError, Refused) as error:
             self._send_error(error.error if isinstance(error, Refused) else error)
@@ -145,7 +147,7 @@ class Handler(APIHandler):
         """Keep pages of other sites out: they can send requests, and without a key nothing else would stop them."""
         origin, host = self.headers.get("Origin"), self.headers.get("Host", "")
         allowed = self.response_generator.cli_args.allowed_origins
-        if origin and "*" not in allowed and origin not in allowed and urlsplit(origin).netloc != host:
+        if origin and "*" not in allowed and origin not in allowed and origin.partition("://")[2] != host:
             raise ApiError(403, f"pages of {origin} may not use this server")
         # A name of another site's that leads here (DNS rebinding) would make it the same origin.
         if self.server.is_loopback and not self.server.api_key and host and _without_port(host) not in _LOOPBACK:

@@ -72,6 +72,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (TEXT, {"prompt": "x", "logit_bias": {"262": 1}}, "logit_bias: there is no token 262"),
     (TEXT, {"prompt": "x", "logit_bias": {"-1": 1}}, "logit_bias: there is no token -1"),
     (TEXT, {"prompt": "x", "logit_bias": {"9" * 5000: 1}}, "logit_bias: there is no token 999"),
+    (TEXT, {"prompt": "x", "logit_bias": {"0" * 20 + "999999": 1}}, "logit_bias: there is no token 000"),
     (TEXT, {"prompt": "x", "logit_bias": {"1": 1000}}, "logit_bias: values must be from -100 to 100"),
     (TEXT, {"prompt": "x", "logit_bias": [1]}, "logit_bias must be an object"),
     (TEXT, {"prompt": "x", "stream": "yes"}, "stream must be of type bool"),
@@ -225,6 +226,7 @@ class TestAccess:
         [
             ({"Origin": "http://evil.example"}, 403),
             ({"Origin": "null"}, 403),
+            ({"Origin": "http://[evil"}, 403),
             ({"Host": "evil.example"}, 403),
             ({"Host": "evil.example", "Origin": "http://evil.example"}, 403),
             ({"Host": "localhost:1234"}, 200),
@@ -233,9 +235,12 @@ class TestAccess:
         ],
         ids=str,
     )
-    def test_pages_of_other_sites(self, client: Client, headers: dict[str, str], status: int) -> None:
+    def test_pages_of_other_sites(
+        self, client: Client, headers: dict[str, str], status: int, capfd: pytest.CaptureFixture[str]
+    ) -> None:
         assert client.get("/v1/models", **headers)[0] == status
         assert client.post(TEXT, {"prompt": "x", "max_tokens": 1}, **headers)[0] == status
+        assert "Traceback" not in capfd.readouterr().err
 
     def test_sites_that_are_allowed(self, serve: Callable[..., Client]) -> None:
         site = "http://friend.example"
