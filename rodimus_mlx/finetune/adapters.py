@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,8 +47,14 @@ def apply(model: Any, folder: str | Path, keep_dtype: bool = False) -> str:
     try:
         if method == "state":
             _load_states(model, folder, config)
-        else:
+        elif method == "full":
+            _require(_names_in_full(model, config), read(folder / WEIGHTS))
             load_adapters(model, str(folder))
+        else:
+            _check_scale(config)
+            another = _low_rank(model)  # mlx-lm wraps its layers, in new ones that no file has
+            load_adapters(model, str(folder))
+            _require(set() if another else _low_rank(model), read(folder / WEIGHTS))
     except RodimusError:
         raise
     except Exception as error:  # whatever mlx-lm meets in a config or a file that does not fit
@@ -114,13 +121,47 @@ def _replacing(file: Path) -> Any:
 def _load_states(model: Any, folder: Path, config: Mapping[str, Any]) -> None:
     weights = read(folder / WEIGHTS)
     add_initial_states(model, config["num_layers"])
-    shapes = {name: p.shape for name, p in named(model.parameters()).items() if name.endswith((STATE, BIAS))}
+    tuned = {f"model.layers.{i}.mixer.{leaf}" for i in _last(model, config["num_layers"]) for leaf in (STATE, BIAS)}
+    shapes = {name: p.shape for name, p in named(model.parameters()).items() if name in tuned}
+    _require(tuned, weights)
     for name, value in weights.items():
         if name not in shapes:
             raise ValueError(f"the model has no {name}")
         if value.shape != shapes[name]:
             raise ValueError(f"{name} is {value.shape}, and the model's {shapes[name]}")
     model.load_weights(list(weights.items()), strict=False)
+
+
+def _names_in_full(model: Any, config: Mapping[str, Any]) -> set[str]:
+    """What `full` trains; of mlx-lm's own adapters, which never hold all parameters, nothing is known."""
+    if "settings" not in config:
+        return set()
+    if config["num_layers"] <= 0:
+        return set(named(model.parameters()))
+    last = _last(model, config["num_layers"])
+    return {f"model.layers.{i}.{name}" for i in last for name in named(model.layers[i].parameters())}
+
+
+def _check_scale(config: Mapping[str, Any]) -> None:
+    parameters = config.get("lora_parameters")
+    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
+        raise ValueError(f"{CONFIG}'s lora_parameters.scale must be a number, not {scale!r}")
+
+
+def _low_rank(model: Any) -> set[str]:
+    return {name for name in named(model.parameters()) if name.endswith((".lora_a", ".lora_b", ".m"))}
+
+
+def _last(model: Any, num_layers: int) -> range:
+    """The numbers of the last blocks; 0 or less: of all."""
+    return range(len(model.layers))[-max(num_layers, 0) :]
+
+
+def _require(names: set[str], weights: Mapping[str, mx.array]) -> None:
+    """Raise where an adapter's file lacks one of the names; that it has no other ones is seen when it is loaded."""
+    if missing := names - weights.keys():
+        raise ValueError(f"the adapter has no {min(missing)}")
 
 
 def _match_dtype(model: Any) -> None:

@@ -69,6 +69,19 @@ def latest(out: Path) -> Path | None:
     return next(reversed(_complete(out)), None)
 
 
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What the trainer remembers, and the step.
+
+    Raises:
+        RodimusError: it is damaged.
+    """
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        return {**facts, "step": facts["step"], "identity": facts["identity"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RodimusError(f"checkpoint {folder} cannot be read: {error}") from error
+
+
 def load(folder: Path, like: State) -> State:
     """Read a checkpoint.
 
@@ -78,8 +91,8 @@ def load(folder: Path, like: State) -> State:
     Raises:
         RodimusError: it is damaged, or of another kind of run.
     """
+    facts = read_facts(folder)
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         arrays = read(folder / ARRAYS)
         # In the run's own order, not the file's: sums over all of them, like the gradients' norm, follow it.
         parameters = {name: arrays[f"parameters.{name}"] for name in like.parameters}

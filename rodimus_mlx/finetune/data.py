@@ -137,7 +137,7 @@ def fit(samples: Sequence[Sample], seq_len: int, long: str) -> list[Sample]:
 def _read_lines(file: Path) -> list[Record]:
     records = []
     try:
-        with open(file, encoding="utf-8") as lines:
+        with open(file, encoding="utf-8-sig") as lines:  # Windows programs put a mark in front
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     records.append(Record(f"{file} line {number}", _parse(f"{file} line {number}", line)))
@@ -150,12 +150,21 @@ def _read_lines(file: Path) -> list[Record]:
     return records
 
 
+def _is_text(text: str) -> bool:
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def _parse(where: str, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise RodimusError(f"{where} is not valid JSON: {reason}") from error
+    if "\\ud" in line.lower() and not _is_text(json.dumps(record, ensure_ascii=False)):
+        raise RodimusError(f"{where} has half a character, like \\ud83d without its other half: that is no text")
     if not isinstance(record, dict):
         raise RodimusError(f'{where} must be a JSON object like {{"text": ...}}')
     return record

@@ -5,6 +5,9 @@ It also gives a layer that is computed twice (`recompute`) the same mask both ti
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
@@ -34,10 +37,13 @@ class KeyedDropout(nn.Module):
         return mx.where(mx.random.bernoulli(self._keep, x.shape, key=own), x * (1 / self._keep), 0).astype(x.dtype)
 
 
-def key_dropouts(model: nn.Module, p: float) -> Keys:
-    """Put a `KeyedDropout` of probability p for each of the model's dropouts; returns what to set before a step."""
+@contextmanager
+def keyed_dropouts(model: nn.Module, p: float) -> Iterator[Keys]:
+    """Within it a `KeyedDropout` of probability p stands for each of the model's; gives what to set before a step."""
     keys = Keys()
-    if p > 0:
-        names = [name for name, module in model.named_modules() if type(module) is nn.Dropout]
-        model.update_modules(tree_unflatten([(name, KeyedDropout(p, i, keys)) for i, name in enumerate(names)]))
-    return keys
+    own = [(name, module) for name, module in model.named_modules() if p > 0 and type(module) is nn.Dropout]
+    model.update_modules(tree_unflatten([(name, KeyedDropout(p, i, keys)) for i, (name, _) in enumerate(own)]))
+    try:
+        yield keys
+    finally:
+        model.update_modules(tree_unflatten(own))

@@ -11,7 +11,8 @@ from ..errors import RodimusError
 from .data import Sample
 from .settings import Settings
 
-# Settings that change what is reported or how long a run is, but not what a step does.
+# Settings that change what is reported or how long a run is, but not what a step does. `val_batches` is compared with
+# the validation's data.
 _FREE = (
     "val_batches",
     "report_every",
@@ -25,16 +26,22 @@ _FREE = (
 )
 
 
-def identity(settings: Settings, samples: Sequence[Sample], processes: int, iters: int | None) -> dict[str, Any]:
+def identity(
+    settings: Settings, samples: Sequence[Sample], valid: Sequence[Sample], processes: int, iters: int | None
+) -> dict[str, Any]:
     """JSON; ``iters`` is None where the learning rate does not depend on the number of steps."""
-    digest = hashlib.blake2b(digest_size=16)
-    for each in samples:
-        digest.update(each.tokens.tobytes())
-        digest.update(each.learn.tobytes())
-        if each.others is not None:
-            digest.update(each.others.tobytes())
     chosen = {name: value for name, value in settings.to_dict().items() if name not in _FREE}
-    return {"settings": {**chosen, "iters": iters}, "processes": processes, "data": digest.hexdigest()}
+    return {
+        "settings": {**chosen, "iters": iters},
+        "processes": processes,
+        "data": _digest(samples),
+        "validation": {"data": _digest(valid), "val_batches": settings.val_batches},
+    }
+
+
+def same_validation(then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether losses of the two can be compared; older checkpoints do not say, and are taken to be the same."""
+    return then.get("validation", now["validation"]) == now["validation"]
 
 
 def refuse_changes(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -52,3 +59,13 @@ def refuse_changes(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> N
         raise RodimusError(f"--resume: the run had {then['processes']} processes, now there are {now['processes']}")
     if then["data"] != now["data"]:
         raise RodimusError(f"--resume: the training data is not what {folder} was trained on")
+
+
+def _digest(samples: Sequence[Sample]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for each in samples:
+        digest.update(each.tokens.tobytes())
+        digest.update(each.learn.tobytes())
+        if each.others is not None:
+            digest.update(each.others.tobytes())
+    return digest.hexdigest()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -13,10 +15,17 @@ from .parameters import lent
 from .segments import close_layer, open_layer
 
 
-def recompute_layers(model: Any) -> None:
-    """Make each block of this model compute again in the backward pass what it needs there; results are the same."""
-    for layer in model.layers:
-        layer.__class__ = _recomputed(type(layer))  # type: ignore[arg-type]
+@contextmanager
+def recomputed_layers(model: Any) -> Iterator[None]:
+    """Within it each block computes again in the backward pass what it needs there; results are the same."""
+    blocks = [type(layer) for layer in model.layers]
+    for layer, block in zip(model.layers, blocks):
+        layer.__class__ = _recomputed(block)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for layer, block in zip(model.layers, blocks):
+            layer.__class__ = block
 
 
 @functools.cache

@@ -131,7 +131,11 @@ def _start(e: Event) -> list[str]:
         f"{e['steps_in_epoch']:,.1f} steps",
         f"about {_gigabytes(e['peak_memory'])} of memory at the peak, of {_gigabytes(e['available_memory'])}: {fits}",
     ]
-    return [*lines, f"goes on after step {e['step']}"] if e["step"] else lines
+    if e["step"]:
+        lines.append(f"goes on after step {e['step']}")
+    if e["compares_anew"]:
+        lines.append("the validation is not the one of before: the best loss is looked for anew")
+    return lines
 
 
 def _gigabytes(size: int) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +68,17 @@ def finetune(
         told.append(report.metrics_writer(out / report.METRICS))
         if settings.report_to:
             told.append(report.service(settings.report_to, settings.project_name, out, settings.to_dict()))
-    result = train(
-        loaded,
-        training,
-        settings,
-        valid=samples(valid_records),
-        out=out,
-        resume=resume,
-        observers=told,
-        places={"model": str(model), "data": str(data)},
-    )
+    with _alone(out) if first else nullcontext():
+        result = train(
+            loaded,
+            training,
+            settings,
+            valid=samples(valid_records),
+            out=out,
+            resume=resume,
+            observers=told,
+            places={"model": str(model), "data": str(data)},
+        )
     if first:
         report.plot(out / report.METRICS, out / report.PLOT)
     return result
@@ -85,3 +89,31 @@ def _check_folder(out: Path, resume: bool) -> None:
         raise RodimusError(f"{out} is a file; --out must be a folder")
     if not resume and out.is_dir() and any(out.iterdir()):
         raise RodimusError(f"{out} is not empty; --resume goes on with its run, or choose another --out")
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold a folder that no other run writes into; one that stays empty is not left behind."""
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise RodimusError(f"{out} cannot be written: {error.strerror}") from error
+    try:
+        _lock(descriptor, out)
+        yield
+    finally:
+        os.close(descriptor)
+        if made:
+            with suppress(OSError):
+                out.rmdir()
+
+
+def _lock(descriptor: int, out: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RodimusError(f"another run writes into {out}: wait for its end, or choose another --out") from error
+    except OSError:
+        pass  # a file system without locks

@@ -183,6 +183,8 @@ def _check(s: Settings) -> None:
         raise RodimusError(f"--dropout must be from 0 to below 1, not {s.dropout!r}")
     if s.num_layers == 0:
         raise RodimusError("--num-layers must be -1 for all layers, or 1 or more")
+    if s.val_batches == 0:
+        raise RodimusError("--val-batches must be -1 for all, or 1 or more")
     if s.iters and s.epochs:
         raise RodimusError("give --iters or --epochs, not both")
     if s.packing and s.method == "state":

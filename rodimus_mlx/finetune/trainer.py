@@ -10,9 +10,10 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import numpy as np
@@ -24,15 +25,15 @@ from .adapters import WEIGHTS, adapter_config, write_adapter
 from .batches import Plan, in_order
 from .clock import Clock
 from .data import Sample
-from .dropout import key_dropouts
+from .dropout import keyed_dropouts
 from .evaluate import evaluate
-from .identity import identity, refuse_changes
+from .identity import identity, refuse_changes, same_validation
 from .memory import limited, usual_limit
 from .methods import prepare
 from .optimizer import build_optimizer, learning_rate
 from .outlook import outlook, refuse_small_disk
 from .parameters import Parameters, count, named, nested, read, take
-from .recompute import recompute_layers
+from .recompute import recomputed_layers
 from .segments import empty_memory
 from .settings import Settings
 from .step import (
@@ -73,11 +74,15 @@ def train(
 ) -> Result:
     """Train a model on samples; it holds the trained parameters afterwards, the best ones where there is validation.
 
+    Where it ends by an exception, Ctrl-C included, the model holds the parameters of the last step. What is not trained
+    has its own type again; where ``settings.dtype`` is a smaller one, its numbers stay rounded to that.
+
     Args:
         samples, valid: none longer than ``settings.seq_len``.
         out: folder for the adapter (adapters.safetensors: the best by validation, else the last) and for checkpoints;
             None: nothing is written.
-        resume: go on from the last checkpoint in ``out``; from the start if there is none.
+        resume: go on from the last checkpoint in ``out``; from the start if there is none. Where the validation is not
+            the one of before, the best is looked for anew, from the checkpoint's parameters on.
         observers: called with an event for the start, each step, report, validation and save.
         places: more entries for adapter_config.json, like the model's name.
 
@@ -85,10 +90,13 @@ def train(
         RodimusError: the settings do not fit the model or the data, the loss is not finite, or the disk is full.
     """
     run = _Run(model, samples, settings, valid, None if out is None else Path(out), list(observers), places or {})
-    if resume:
-        run.resume()
-    with limited(run.memory_limit()):
-        return run.go()
+    checkpoint_folder = run.find_checkpoint() if resume else None
+    with run.changes:
+        run.set_up()
+        if resume:
+            run.resume(checkpoint_folder)
+        with limited(run.memory_limit()):
+            return run.go()
 
 
 class _Run:
@@ -123,59 +131,81 @@ class _Run:
         epoch = self.plan.batches_in_epoch / settings.grad_accumulation
         self.iters = settings.iters or max(1, round(settings.epochs * epoch))
         self.dtype = compute_dtype(model, settings.dtype)
-        own = prepare(model, settings)
-        self.stored = {name: p.dtype for name, p in own.items()}  # what the adapter is written in
-        self.parameters = {name: p.astype(mx.float32) for name, p in own.items()}
-        del own
-        mx.eval(self.parameters)
-        take(model, nested(self.parameters))
-        model.set_dtype(self.dtype)
-        mx.eval(model.parameters())  # what compiled functions capture must be numbers, not yet to be computed
-        keys = key_dropouts(model, settings.dropout)
-        if settings.grad_checkpoint:
-            recompute_layers(model)
-        optimizer = build_optimizer(settings, self.iters)
-        self.optimizer_state = initial_optimizer_state(optimizer, self.parameters)
-        self.rate = learning_rate(settings, self.iters)
-        self.gradient = gradient_function(model, self.dtype, keys)
-        self.update = update_function(optimizer, settings.max_grad_norm)
-        self.loss_of = loss_function(model, self.dtype)
+        self.changes = ExitStack()  # to be undone in the model, however the run ends
         self.step = 0
         self.best: Parameters = {}  # where there is no folder to keep them in
         # Of the run so far, kept in checkpoints: the validations, and the losses since the last report.
         self.facts: dict[str, Any] = {"best_loss": None, "best_step": None, "stale": 0, "recent": []}
+        self.anew = False  # the validation is another one than the checkpoint's
+        self.rate = learning_rate(settings, self.iters)
         length = self.iters if callable(self.rate) else None
-        self.identity = identity(settings, samples, self.world.size(), length)
+        self.identity = identity(settings, samples, valid, self.world.size(), length)
 
-    def resume(self) -> None:
-        """Take up the last checkpoint, if there is one."""
+    def find_checkpoint(self) -> Path | None:
+        """The last checkpoint, if there is one; it must be this run's."""
         folder = checkpoint.latest(self.out) if self.out and self.world.rank() == 0 else None
         if folder is not None:
+            refuse_changes(folder, checkpoint.read_facts(folder)["identity"], self.identity)
+        return folder
+
+    def set_up(self) -> None:
+        """Take what is trained out of the model, and make the rest ready; `changes` puts back and undoes it."""
+        model, settings = self.model, self.settings
+        own = prepare(model, settings)
+        self.types = {name: p.dtype for name, p in named(model.parameters()).items()}
+        self.parameters = {name: p.astype(mx.float32) for name, p in own.items()}
+        del own
+        mx.eval(self.parameters)
+        self.changes.callback(self.give_back)
+        take(model, nested(self.parameters))
+        model.set_dtype(self.dtype)
+        mx.eval(model.parameters())  # what compiled functions capture must be numbers, not yet to be computed
+        keys = self.changes.enter_context(keyed_dropouts(model, settings.dropout))
+        if settings.grad_checkpoint:
+            self.changes.enter_context(recomputed_layers(model))
+        optimizer = build_optimizer(settings, self.iters)
+        self.optimizer_state = initial_optimizer_state(optimizer, self.parameters)
+        self.gradient = gradient_function(model, self.dtype, keys)
+        self.update = update_function(optimizer, settings.max_grad_norm)
+        self.loss_of = loss_function(model, self.dtype)
+
+    def give_back(self) -> None:
+        """Put what is trained into the model again, and all of it in its own types."""
+        self.model.update(nested(self.parameters))
+        held = named(self.model.parameters())
+        self.model.update(nested({name: p.astype(self.types[name]) for name, p in held.items()}))
+        self.model.eval()
+
+    def resume(self, folder: Path | None) -> None:
+        """Take up a checkpoint, if there is one."""
+        if folder is not None:
             state = checkpoint.load(folder, self.state())
-            refuse_changes(folder, state.facts.pop("identity"), self.identity)
+            self.anew = not same_validation(state.facts.pop("identity"), self.identity)
             self.step, self.parameters, self.optimizer_state, self.facts = state
+            if self.anew:
+                self.facts |= {"best_loss": None, "best_step": None, "stale": 0}
         if self.world.size() > 1:
             self.follow_first()
 
     def follow_first(self) -> None:
         """Take over from process 0 what it read: the others may have another disk."""
         names = ("best_loss", "best_step", "stale")
-        facts = [self.step, *(math.nan if self.facts[name] is None else self.facts[name] for name in names)]
+        facts = [self.step, self.anew, *(math.nan if self.facts[name] is None else self.facts[name] for name in names)]
         mine = {"state": (self.parameters, self.optimizer_state), "facts": mx.array(facts, mx.float32)}
         if self.world.rank() != 0:
             mine = tree_map(mx.zeros_like, mine)
         shared = tree_map(mx.distributed.all_sum, mine)
         mx.eval(shared)
         self.parameters, self.optimizer_state = shared["state"]
-        step, *rest = shared["facts"].tolist()
-        self.step = int(step)
+        step, anew, *rest = shared["facts"].tolist()
+        self.step, self.anew = int(step), bool(anew)
         self.facts |= {name: None if math.isnan(value) else value for name, value in zip(names, rest)}
 
     def go(self) -> Result:
         """Run to the end."""
         s = self.settings
         self.begin()
-        if self.valid and self.step == 0:
+        if self.valid and (self.step == 0 or self.anew):
             self.validate()
         clock = Clock()
         waiting: list[tuple[int, mx.array, mx.array, int]] = []
@@ -205,8 +235,7 @@ class _Run:
             clock.restart()
         if self.facts["best_step"] is not None and self.world.rank() == 0:
             self.parameters = self.best if self.out is None else read(self.out / WEIGHTS)
-        self.model.update(nested(self.adapter()))
-        self.model.eval()
+        self.changes.close()
         best = self.facts["best_loss"], self.facts["best_step"]
         result = Result(self.step, self.facts.get("loss", math.nan), *best, stopped)
         self.tell("end", **vars(result))
@@ -229,7 +258,7 @@ class _Run:
             refuse_small_disk(self.out, sum(x.nbytes for x in arrays))
         facts = outlook(self.model, self.parameters, self.plan, self.settings, self.dtype)
         run = {"step": self.step, "iters": self.iters, "processes": self.world.size()}
-        self.tell("start", **run, **facts, valid_samples=len(self.valid))
+        self.tell("start", **run, **facts, valid_samples=len(self.valid), compares_anew=self.anew)
         mx.reset_peak_memory()
 
     def one_step(self) -> tuple[int, mx.array, mx.array, int]:
@@ -265,12 +294,16 @@ class _Run:
         value, length = float(loss), float(norm)
         if not (math.isfinite(value) and math.isfinite(length)):
             what = f"the loss is {value}" if not math.isfinite(value) else f"the gradients' norm is {length}"
-            last = checkpoint.latest(self.out) if self.out else None
-            rest = f"; the last good checkpoint is {last}" if last else ""
-            raise RodimusError(f"step {step}: {what}; lower --learning-rate or --max-grad-norm{rest}")
+            self.fail(step, what)
         self.facts["loss"] = value
         self.facts["recent"].append(value)
         self.tell("step", step=step, loss=value, grad_norm=length, tokens=tokens)
+
+    def fail(self, step: int, what: str) -> NoReturn:
+        """End the run where its numbers are none any more."""
+        last = checkpoint.latest(self.out) if self.out else None
+        rest = f"; the last good checkpoint is {last}" if last else ""
+        raise RodimusError(f"step {step}: {what}; lower --learning-rate or --max-grad-norm{rest}")
 
     def report(self, clock: Clock) -> None:
         recent = self.facts["recent"]
@@ -293,6 +326,8 @@ class _Run:
         most = self.settings.val_batches
         shown = itertools.islice(self.valid_batches(), None if most < 0 else most)
         loss = evaluate(self.loss_of, self.parameters, shown, self.model.args, self.settings.segment, self.world)
+        if not math.isfinite(loss):
+            self.fail(self.step, f"the validation loss is {loss}")
         facts = self.facts
         better = self.step > 0 and (facts["best_loss"] is None or loss < facts["best_loss"])
         if better:
@@ -335,7 +370,7 @@ class _Run:
 
     def adapter(self) -> Parameters:
         """What is trained, in the types that the model has it in."""
-        return {name: p.astype(self.stored[name]) for name, p in self.parameters.items()}
+        return {name: p.astype(self.types[name]) for name, p in self.parameters.items()}
 
     def tell(self, kind: str, **facts: Any) -> None:
         if self.world.rank() == 0:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 
 import pytest
 from helpers import TINY_FOLDER
@@ -11,6 +13,18 @@ from rodimus_mlx.cli.app import main
 from rodimus_mlx.loading import load
 
 RECORDS = [{"text": f"x = {i} + {i}\n"} for i in range(12)]
+
+
+def test_two_runs_into_one_folder(tmp_path, data, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    descriptor = os.open(out, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    assert finetune(TINY_FOLDER, data, out, "--seq-len", "64") == 1
+    assert "another run writes into" in capsys.readouterr().err
+    assert list(out.iterdir()) == []
+    os.close(descriptor)
+    assert finetune(TINY_FOLDER, data, out, "--seq-len", "64") == 0
 
 
 @pytest.fixture

@@ -83,6 +83,7 @@ def test_blank_lines_a_missing_validation_file_and_a_single_file(tmp_path):
         ([TEXT, '{"text": "x"\n'], "line 2 is not valid JSON: "),
         ([TEXT, "", "[1]\n"], "line 2 must be a JSON object"),
         (["[" * 100_000 + "\n"], "line 1 is not valid JSON: nested too deeply"),
+        ([TEXT, '{"text": "\\ud83d x"}\n'], "line 2 has half a character"),
         ([{"prompt": "x"}], "line 1 has only 'prompt'; expected text, or prompt and completion, or messages"),
         ([{"body": "x"}], "line 1 has 'body'; expected"),
         ([{}], "line 1 has no field; expected"),
@@ -100,6 +101,11 @@ def test_bad_lines(tmp_path, tokenizer, lines, message):
         read(write(tmp_path, *lines), tokenizer)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_mark_of_windows_programs(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}\n')
+    assert load_data(tmp_path)[0][0].fields == {"text": "x"}
 
 
 def test_bytes_that_are_not_text(tmp_path):

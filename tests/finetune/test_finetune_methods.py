@@ -180,6 +180,42 @@ def test_an_adapter_of_another_model_is_one_line(method, tmp_path):
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
+@pytest.mark.parametrize("layers", [-1, 1], ids=["all", "last"])
+@pytest.mark.parametrize(("own", "other"), [(2, 4), (4, 2)], ids=["deeper", "shallower"])
+@every_method
+def test_an_adapter_of_a_model_of_another_depth_is_one_line(method, own, other, layers, tmp_path):
+    _, _, out = trained(tmp_path, small_model(n_layer=own), method=method, num_layers=layers)
+    message = rf"{out}: the adapter does not fit this model: .*model\.layers\.\d\."
+    with pytest.raises(RodimusError, match=message) as error:
+        apply(small_model(n_layer=other), out)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("leaf", [".norm_f.weight", ".embeddings.weight"])
+def test_all_weights_must_be_in_an_adapter_of_all(leaf, tmp_path):
+    _, _, out = trained(tmp_path, small_model(), method="full")
+    file = str(out / "adapters.safetensors")
+    weights = {name: p for name, p in mx.load(file).items() if not name.endswith(leaf)}
+    mx.eval(weights)
+    mx.save_safetensors(file, weights)
+    model = small_model()
+    with pytest.raises(RodimusError, match=f"{out}: .*: the adapter has no model{leaf}"):
+        apply(model, out)
+    assert mx.array_equal(model.layers[0].mixer.fc.weight, small_model().layers[0].mixer.fc.weight)
+    config = json.loads((out / "adapter_config.json").read_text())
+    del config["settings"]  # as mlx-lm's own training writes it, which takes the blocks alone
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    assert apply(model, out) == "full"
+
+
+def test_an_adapter_takes_the_place_of_another(tmp_path):
+    logits, tokens, out = trained(tmp_path, small_model())
+    model = small_model()
+    for _ in range(2):
+        apply(model, out)
+        assert largest_difference(model(tokens), logits) <= SAME
+
+
 @pytest.mark.parametrize(
     ("config", "weights", "message"),
     [
@@ -188,6 +224,8 @@ def test_an_adapter_of_another_model_is_one_line(method, tmp_path):
         ("[]", True, "adapter_config.json must hold a JSON object"),
         ('{"fine_tune_type": "magic"}', True, "fine_tune_type 'magic' is not one of lora, dora, full, state"),
         ('{"fine_tune_type": "lora"}', True, "the adapter does not fit this model"),
+        ('{"lora_parameters": {"scale": "x"}}', True, "lora_parameters.scale must be a number, not 'x'"),
+        ('{"lora_parameters": {"scale": NaN}}', True, "lora_parameters.scale must be a number, not nan"),
         ("{}", False, "has no adapters.safetensors"),
     ],
 )

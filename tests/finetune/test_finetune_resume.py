@@ -17,7 +17,8 @@ from training import losses_of, random_samples, small_model
 
 from rodimus_mlx.errors import RodimusError
 from rodimus_mlx.finetune import checkpoint
-from rodimus_mlx.finetune.report import metrics_writer
+from rodimus_mlx.finetune.parameters import named
+from rodimus_mlx.finetune.report import describe, metrics_writer
 from rodimus_mlx.finetune.settings import Settings
 from rodimus_mlx.finetune.trainer import _key, train
 
@@ -116,7 +117,7 @@ def test_no_checkpoint_yet_starts_from_the_beginning(tmp_path):
     [
         ({"rank": 4}, r"--rank is 4, but was 8 in .*0000002; give the old one"),
         ({"seed": 5}, "--seed is 5, but was 0"),
-        ({"method": "dora"}, "cannot be read|--method is 'dora'"),
+        ({"method": "dora"}, "--method is 'dora', but was 'lora'"),
         ({"iters": 7, "schedule": "cosine"}, "--schedule is 'cosine'"),
         ({"data": 1}, "the training data is not what"),
     ],
@@ -136,6 +137,43 @@ def test_a_run_at_a_constant_rate_may_be_made_longer(tmp_path):
     train(small_model(), samples, Settings(iters=3, seq_len=40), out=tmp_path)
     longer = Settings(iters=5, seq_len=40, report_every=1, save_every=1)
     assert losses_of(small_model(), samples, longer, tmp_path, resume=True) == whole[3:]
+
+
+@pytest.mark.parametrize("changed", ["data", "val_batches", None])
+def test_another_validation_starts_the_comparison_anew(changed, tmp_path):
+    """Its losses say nothing beside the old best one, here below all of them."""
+    base = {"iters": 4, "seq_len": 40, "eval_every": 2, "early_stop": 1, "batch_size": 2}
+    train(small_model(), random_samples(8), Settings(**base), valid=random_samples(6, seed=1), out=tmp_path)
+    file = checkpoint.latest(tmp_path) / "training.json"
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps({**facts, "best_loss": 0.0, "best_step": 2, "stale": 1}))
+    seen = []
+    settings = Settings(**{**base, "iters": 6}, val_batches=1 if changed == "val_batches" else 25)
+    valid = random_samples(6, seed=2 if changed == "data" else 1)
+    model = small_model()
+    choices = {"valid": valid, "out": tmp_path, "resume": True, "observers": [seen.append]}
+    result = train(model, random_samples(8), settings, **choices)
+    lines = [line for event in seen for line in describe(event)]
+    assert ("the validation is not the one of before: the best loss is looked for anew" in lines) == bool(changed)
+    if changed is None:
+        assert (result.best_loss, result.steps, result.stopped_early) == (0.0, facts["step"], True)
+        return
+    losses = {event["step"]: event["loss"] for event in seen if event["event"] == "valid"}
+    assert set(losses) == {facts["step"], *range(facts["step"] + 2, result.steps + 1, 2)} and len(losses) > 1
+    assert result.best_loss == min(losses.values()) == losses[result.best_step]
+    weights = mx.load(str(tmp_path / "adapters.safetensors"))
+    assert all(mx.array_equal(p, weights[name]) for name, p in named(model.trainable_parameters()).items())
+
+
+def test_a_checkpoint_that_does_not_know_its_validation_goes_on(tmp_path):
+    settings, valid = Settings(iters=2, seq_len=40, eval_every=1), random_samples(4, seed=1)
+    before = train(small_model(), random_samples(8), settings, valid=valid, out=tmp_path)
+    file = checkpoint.latest(tmp_path) / "training.json"
+    facts = json.loads(file.read_text())
+    del facts["identity"]["validation"]
+    file.write_text(json.dumps(facts))
+    after = train(small_model(), random_samples(8), settings, valid=valid, out=tmp_path, resume=True)
+    assert (after.best_loss, after.best_step) == (before.best_loss, before.best_step)
 
 
 @pytest.mark.parametrize("broken", ["adapters", "training"])

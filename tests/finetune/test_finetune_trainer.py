@@ -128,6 +128,13 @@ def test_a_bad_weight_ends_the_first_step():
         train(model, counting(), Settings(**LEARN, iters=2))
 
 
+def test_a_validation_loss_that_is_not_finite_is_no_best_one(tmp_path):
+    settings = Settings(**{**LEARN, "learning_rate": 1e38}, iters=1, method="full", max_grad_norm=0.0)
+    with pytest.raises(RodimusError, match=r"step 1: the validation loss is (nan|inf); lower --learning-rate"):
+        train(small_model(), counting(), settings, valid=counting()[:2], out=tmp_path)
+    assert not (tmp_path / "adapters.safetensors").exists()
+
+
 def test_fewer_samples_than_a_batch():
     with pytest.raises(RodimusError, match="3 samples do not fill a batch of 4; lower --batch-size"):
         train(small_model(), random_samples(3), Settings(**LEARN, iters=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from helpers import random_model, relative_error, tiny_config
 
 from rodimus_mlx.finetune.batches import Batch
 from rodimus_mlx.finetune.data import Sample, sample
-from rodimus_mlx.finetune.dropout import key_dropouts
+from rodimus_mlx.finetune.dropout import keyed_dropouts
 from rodimus_mlx.finetune.methods import prepare
 from rodimus_mlx.finetune.parameters import Parameters
-from rodimus_mlx.finetune.recompute import recompute_layers
+from rodimus_mlx.finetune.recompute import recomputed_layers
 from rodimus_mlx.finetune.segments import empty_memory
 from rodimus_mlx.finetune.settings import Settings
 from rodimus_mlx.finetune.step import gradient_function, on_device
@@ -57,15 +58,14 @@ def loss_and_gradients(
     for name in parameters:
         if name.endswith("lora_b"):  # zeros at first, which hide what comes before them
             parameters[name] = mx.array(0.1 * random.standard_normal(parameters[name].shape), mx.float32)
-    keys = key_dropouts(model, settings.dropout)
-    if settings.grad_checkpoint:
-        recompute_layers(model)
-    gradient = gradient_function(model, dtype, keys)
+    again = recomputed_layers(model) if settings.grad_checkpoint else nullcontext()
     memory = empty_memory(model.args) if carry else None
     loss, total = 0.0, None
-    for batch in batches:
-        value, memory, total = gradient(parameters, on_device(batch), memory, key, mx.array(scale), total)
-        loss += value.item()
+    with keyed_dropouts(model, settings.dropout) as keys, again:
+        gradient = gradient_function(model, dtype, keys)
+        for batch in batches:
+            value, memory, total = gradient(parameters, on_device(batch), memory, key, mx.array(scale), total)
+            loss += value.item()
     assert total is not None
     return loss, total
 
