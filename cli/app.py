@@ -7,6 +7,7 @@ Only Typer is imported here: whatever a command needs, it imports when it runs.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -38,6 +39,8 @@ from . import (
 
 COMMANDS = (generate, chat, serve, doctor, convert, quantize, inspect, perplexity, compare, bench, finetune, fuse, init)
 GROUPS = (state,)
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # what writing to a full or broken device ends in
 
 app = typer.Typer(
     help="Run Rodimus and Rodimus+ language models with MLX.",
@@ -81,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     0 success, 1 an error in the input, 2 a wrong option, 130 interrupted. Unexpected exceptions pass through.
     """
-    _use_utf8()
+    _ready_streams()
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
@@ -89,13 +92,17 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.flush()
             return status if isinstance(status, int) else 0
         except BrokenPipeError:
-            # The reader (head, less) has gone: stop without a word, and keep Python's last flush from complaining.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _forget_output()  # the reader (head, less) has gone: stop without a word
             return EXIT_ERROR
         except (KeyboardInterrupt, typer.Abort):
             return EXIT_INTERRUPT
         except RodimusError as error:
             return _fail(str(error), EXIT_ERROR)
+        except OSError as error:
+            if error.errno not in _FULL or error.filename is not None:
+                raise
+            _forget_output()
+            return _fail(f"standard output cannot be written: {error.strerror}", EXIT_ERROR)
         except Exception as error:
             # Typer's usage errors have no public base class; they are known by these two attributes.
             if not hasattr(error, "format_message"):
@@ -116,11 +123,22 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _use_utf8() -> None:
-    """Text is UTF-8 whatever the locale says; what a stream cannot hold (half a surrogate pair) becomes '?'."""
+def _ready_streams() -> None:
+    """Text is UTF-8 whatever the locale says; what a stream cannot hold (half a surrogate pair) becomes '?'.
+
+    A stream that was closed (`<&-`, `>&-`) is empty, or takes what is written and forgets it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
+
+
+def _forget_output() -> None:
+    """Let nothing complain of what was not written, as Python would at its last flush."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 EXAMPLE = "  rodimus-mlx bench --shape 1.6b --bits 4 --compare qwen2.5-1.5b"
 
+MOST_TOKENS = 10_000_000  # minutes to hours each time; far more would never end
+
 
 class Shape(StrEnum):
     """Released models."""
@@ -33,6 +35,8 @@ def _lengths(text: str) -> list[int]:
         lengths = [0]
     if min(lengths) < 1:
         raise typer.BadParameter(f"must be whole numbers above 0, with commas between, not {text}")
+    if max(lengths) > MOST_TOKENS:
+        raise typer.BadParameter(f"must be at most {MOST_TOKENS} each, not {max(lengths)}")
     return lengths
 
 
@@ -53,7 +57,9 @@ def run(
     prompt_lengths: Annotated[
         Any, typer.Option(metavar="N,N", parser=_lengths, help="Tokens to read before decoding.")
     ] = "128,4096",
-    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to decode each time.")] = 64,
+    tokens: Annotated[
+        int, typer.Option(metavar="N", callback=options.between(1, MOST_TOKENS), help="Tokens to decode each time.")
+    ] = 64,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Times to measure everything.")] = 5,
     prefill_step: Annotated[int, typer.Option(metavar="N", min=1, help="Prompt tokens to read at a time.")] = 2048,
     as_json: evaluation.Json = False,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import sys
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import typer
 from ..errors import RodimusError
 from . import line_editor, options
 from .progress import ByteProgress, size
+from .terminal import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from ..states import State
 
 EXAMPLE = "  rodimus-mlx chat --model coder-1.6b-chat --save my-talk"
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could change the terminal rather than be read
 
 
 def run(
@@ -143,7 +141,7 @@ class Terminal:
         count = len(self._chat.turns)
         with _ctrl_c(self._chat.stop), ByteProgress("Reading", unit=" tokens") as progress:
             for response in self._chat.ask(question, progress if self._interactive else None):
-                print(_CONTROL.sub("", response.text), end="", flush=True)
+                print(printable(response.text), end="", flush=True)
         print()
         if len(self._chat.turns) == count:
             self._draft = question if self._interactive else ""
@@ -287,11 +285,11 @@ def _number(text: str) -> int:
 
 
 def _show_turn(turn: Turn) -> None:
-    print(f"> {_CONTROL.sub('', turn.question)}\n{_CONTROL.sub('', turn.answer)}")
+    print(f"> {printable(turn.question)}\n{printable(turn.answer)}")
 
 
 def _first_line(text: str) -> str:
-    line = _CONTROL.sub("", text.partition("\n")[0])
+    line = printable(text.partition("\n")[0])
     return line if len(line) <= 60 else line[:57] + "..."
 
 

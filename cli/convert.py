@@ -55,6 +55,7 @@ def run(
 
     scheme = scheme_of(recipe.value, bits, group_size, mode.value if mode else None) if quantizes else None
     folder = find_folder(source)
+    weights.check_measure(measure, folder)
     with ByteProgress("Writing") as progress:
         summary = convert(
             folder,

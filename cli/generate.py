@@ -13,6 +13,7 @@ from ..errors import RodimusError, RodimusWarning
 from . import EXIT_INTERRUPT, options
 from .progress import size
 from .stream_in import MARK, Reading, frame, read_standard_input
+from .terminal import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -171,7 +172,7 @@ def _collect(responses: Iterator[GenerationResponse], *, prompt_tokens: int, sho
         for last in responses:
             pieces.append(last.text)
             if show:
-                print(last.text, end="", flush=True)
+                print(printable(last.text) if sys.stdout.isatty() else last.text, end="", flush=True)
     except KeyboardInterrupt:
         interrupted = True
     if show:

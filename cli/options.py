@@ -9,20 +9,34 @@ from typing import Annotated
 
 import typer
 
+MOST_NEW_TOKENS = 2**31 - 1
+MOST_SEED = 2**64 - 1  # what mx.random.seed takes
+_COLDEST = 1e-4  # temperatures below are 0, as in serve's requests: 1/T must be finite in float32
+
 
 def between(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[float | None], float | None]:
     """A callback that accepts numbers in [low, high], or in (low, high] if ``above``; nan and inf never."""
-    least = f"above {low:g}" if above else f"{low:g} or more"
-    wanted = least if high == math.inf else f"{least}, and at most {high:g}"
+    least = f"above {_shown(low)}" if above else f"{_shown(low)} or more"
+    wanted = least if high == math.inf else f"{least}, and at most {_shown(high)}"
 
     def check(value: float | None) -> float | None:
         if value is None:
             return None
-        if not math.isfinite(value) or value < low or value > high or (above and value == low):
-            raise typer.BadParameter(f"must be {wanted}, not {value:g}")
+        # without math.isfinite, which fails at whole numbers that no float holds
+        if not low <= value <= high or value == math.inf or (above and value == low):
+            raise typer.BadParameter(f"must be {wanted}, not {_shown(value)}")
         return value
 
     return check
+
+
+def _shown(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+def _temperature(value: float | None) -> float | None:
+    value = between(0)(value)
+    return 0.0 if value is not None and value < _COLDEST else value
 
 
 def _no_empty_text(texts: list[str] | None) -> list[str] | None:
@@ -43,11 +57,12 @@ Adapter = Annotated[
     str | None, typer.Option("--adapter", metavar="FOLDER", help="Folder of a LoRA adapter to load on top.")
 ]
 MaxTokens = Annotated[
-    int, typer.Option("--max-tokens", "-n", metavar="N", callback=between(1), help="Stop after N tokens.")
+    int,
+    typer.Option("--max-tokens", "-n", metavar="N", callback=between(1, MOST_NEW_TOKENS), help="Stop after N tokens."),
 ]
 Temp = Annotated[
     float,
-    typer.Option("--temp", "-t", metavar="T", callback=between(0), help="Temperature; 0 takes the likeliest token."),
+    typer.Option("--temp", "-t", metavar="T", callback=_temperature, help="Temperature; 0 takes the likeliest token."),
 ]
 TopP = Annotated[
     float,
@@ -75,7 +90,7 @@ RepetitionPenalty = Annotated[
 ]
 Seed = Annotated[
     int | None,
-    typer.Option("--seed", metavar="N", callback=between(0, 2**64 - 1), help="Make sampling repeatable."),
+    typer.Option("--seed", metavar="N", callback=between(0, MOST_SEED), help="Make sampling repeatable."),
 ]
 Stop = Annotated[
     list[str] | None,

@@ -69,6 +69,7 @@ def run(
     from ..hub import find_folder
 
     folder, cast = find_folder(model), dtype.value if dtype else None
+    weights.check_measure(measure, folder)
     if calibrate is None:
         with ByteProgress("Writing") as progress:
             summary = convert(folder, out, cast, progress, scheme=scheme, recipe=recipe.value)

@@ -148,8 +148,11 @@ def diff(
 
 def delete(names: Annotated[list[str], typer.Argument(metavar="NAME", help="States to delete.")]) -> None:
     """Delete named states."""
-    from ..states.store import delete_state
+    from ..states.store import delete_state, named_state
 
+    names = list(dict.fromkeys(names))
+    for name in names:
+        named_state(name)  # a name that is wrong is told before any state is gone
     for name in names:
         delete_state(name)
         print(f"{name}: deleted")

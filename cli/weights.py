@@ -10,6 +10,8 @@ import typer
 from .progress import ByteProgress, size
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..convert.convert import Summary
 
 
@@ -64,6 +66,20 @@ Measure = Annotated[
     str | None, typer.Option(metavar="FILE", help="Measure OUT's perplexity on a text, for the model card.")
 ]
 Upload = Annotated[str | None, typer.Option(metavar="REPO", help="Upload OUT to the Hugging Face hub, as owner/name.")]
+
+
+def check_measure(measure: str | None, source: Path) -> None:
+    """Fail over a text that cannot be measured before anything is written."""
+    if measure is None:
+        return
+    import warnings
+
+    from ..evaluation.text import read_documents
+    from ..tokenizer import load_tokenizer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the conversion says it all again
+        read_documents(measure, load_tokenizer(source))
 
 
 def finish(summary: Summary, measure: str | None, upload: str | None) -> None:

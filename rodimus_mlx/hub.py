@@ -55,7 +55,7 @@ def _download(repo: str, revision: str | None, weights: bool) -> Path:
             if not _is_offline(error):
                 raise
             return Path(snapshot_download(repo, revision=revision, allow_patterns=_SMALL_FILES, local_files_only=True))
-        kind = _SAFETENSORS if any(Path(file).match(_SAFETENSORS) for file in files) else _TORCH
+        kind = _SAFETENSORS if any("/" not in file and Path(file).match(_SAFETENSORS) for file in files) else _TORCH
         wanted = [*_SMALL_FILES, kind] if weights else _SMALL_FILES
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except Exception as error:

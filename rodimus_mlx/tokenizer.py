@@ -19,12 +19,13 @@ from mlx_lm.tokenizer_utils import (
     SPMStreamingDetokenizer,
     TokenizerWrapper,
 )
-from tokenizers import decoders
+from tokenizers import Tokenizer, decoders
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from .errors import RodimusError, RodimusWarning
 
+SETTINGS = "tokenizer_config.json"
 END_OF_TEXT = "<|endoftext|>"
 CHAT_KEY = "is_chat_model"  # ours, in tokenizer_config.json: keeps the answer when a folder is renamed or converted
 
@@ -109,12 +110,23 @@ class SentencePieceTokenizer(SentencePieceBackend):
         return self.sp_model.decode(tokens)
 
 
-def _from_json(folder: Path) -> tuple[Any, Any]:
+def _to_blame(folder: Path) -> Path:
+    """Of the two files that `PreTrainedTokenizerFast` reads, the one that is damaged."""
     file = folder / "tokenizer.json"
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception:  # the only kind it raises
+        return file
+    return folder / SETTINGS
+
+
+def _from_json(folder: Path) -> tuple[Any, Any]:
     try:
         inner = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # tokenizers raises bare Exception
-        raise RodimusError(f"{file} cannot be read as a tokenizer: {error}") from error
+        raise RodimusError(f"{_to_blame(folder)} cannot be read as a tokenizer: {error}") from error
+    if not isinstance(inner.model_max_length, (int, float)):
+        raise RodimusError(f"{folder / SETTINGS}: model_max_length must be a number, not {inner.model_max_length!r}")
     for key in ("auto_map", "tokenizer_class"):  # or saving it would ask for the authors' code again
         inner.init_kwargs.pop(key, None)
     byte_level = isinstance(inner.backend_tokenizer.decoder, decoders.ByteLevel)
@@ -123,7 +135,7 @@ def _from_json(folder: Path) -> tuple[Any, Any]:
 
 def _from_sentencepiece(folder: Path) -> tuple[Any, Any]:
     file = folder / "tokenizer.model"
-    settings = _read_json(folder / "tokenizer_config.json", missing={})
+    settings = _read_json(folder / SETTINGS, missing={})
     tokens = {key: _token_text(value) for key, value in settings.items() if key.endswith("_token")}
     chat = {key: settings[key] for key in ("chat_template", CHAT_KEY) if key in settings}
     try:
@@ -154,7 +166,10 @@ def _end_tokens(inner: Any, folder: Path) -> set[int]:
     ends = {inner.convert_tokens_to_ids(END_OF_TEXT)} if END_OF_TEXT in inner.get_vocab() else set()
     for file in ("generation_config.json", "config.json"):
         named = _read_json(folder / file, missing={}).get("eos_token_id")
-        ends.update(named if isinstance(named, list) else [] if named is None else [named])
+        found = named if isinstance(named, list) else [] if named is None else [named]
+        if not all(type(each) is int and each >= 0 for each in found):
+            raise RodimusError(f"{folder / file}: eos_token_id must be a token id or a list of them, not {named!r}")
+        ends.update(found)
     if inner.eos_token_id is not None:
         ends.add(inner.eos_token_id)
     if not ends:

@@ -84,7 +84,7 @@ def test_downloads_one_format_and_keeps_it(hub: Hub, find: Run) -> None:
 
 
 def test_torch_weights_where_there_are_no_others(hub: Hub, find: Run) -> None:
-    hub.files = {**SMALL, "pytorch_model.bin": WEIGHTS}
+    hub.files = {**SMALL, "pytorch_model.bin": WEIGHTS, "onnx/model.safetensors": b"unwanted"}
     assert (Path(find().stdout.strip()) / "pytorch_model.bin").read_bytes() == WEIGHTS
 
 

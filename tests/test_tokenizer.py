@@ -82,6 +82,14 @@ class TestTokenizerJson:
         with pytest.raises(RodimusError, match=r"tokenizer\.json"):
             load_tokenizer(folder)
 
+    @pytest.mark.parametrize(
+        "content", ['{"eos_token": 7}', '{"added_tokens_decoder": 5}', '{"model_max_length": "x"}']
+    )
+    def test_damaged_settings(self, folder: Path, content: str) -> None:
+        (folder / "tokenizer_config.json").write_text(content)
+        with pytest.raises(RodimusError, match=r"tokenizer_config\.json"):
+            load_tokenizer(folder)
+
 
 class TestSentencePiece:
     @pytest.fixture(params=["bpe", "unigram"])
@@ -126,6 +134,12 @@ class TestEnds:
         (folder / "config.json").write_text('{"eos_token_id": 3}')
         (folder / "generation_config.json").write_text('{"eos_token_id": [4, 5]}')
         assert load_tokenizer(folder).eos_token_ids == {3, 4, 5, 257}
+
+    @pytest.mark.parametrize("ends", ['"x"', "[null]", "-5", "1.5", "true"])
+    def test_what_is_no_token(self, folder: Path, ends: str) -> None:
+        (folder / "generation_config.json").write_text(f'{{"eos_token_id": {ends}}}')
+        with pytest.raises(RodimusError, match=r"generation_config\.json: eos_token_id must be a token id"):
+            load_tokenizer(folder)
 
     def test_none_named(self, folder: Path) -> None:
         content = json.loads((folder / "tokenizer.json").read_text())

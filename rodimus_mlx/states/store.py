@@ -28,6 +28,19 @@ def state_path(name: str) -> Path:
     return home() / "states" / (name + SUFFIX)
 
 
+def named_state(name: str) -> Path:
+    """The file of a named state that exists.
+
+    Raises:
+        RodimusError: the name is not one, or there is none.
+    """
+    path = state_path(name)
+    if not path.is_file():
+        known = ", ".join(state_names()) or "none yet: rodimus-mlx state make"
+        raise RodimusError(f"there is no state {name}; there are: {known}")
+    return path
+
+
 def find_state(name_or_path: str) -> Path:
     """The file of a state that exists, by its name or, with a slash or ``.safetensors``, by its path.
 
@@ -39,11 +52,7 @@ def find_state(name_or_path: str) -> Path:
         if not path.is_file():
             raise RodimusError(f"there is no file {name_or_path}")
         return path
-    path = state_path(name_or_path)
-    if not path.is_file():
-        known = ", ".join(state_names()) or "none yet: rodimus-mlx state make"
-        raise RodimusError(f"there is no state {name_or_path}; there are: {known}")
-    return path
+    return named_state(name_or_path)
 
 
 def state_names() -> list[str]:
@@ -59,8 +68,8 @@ def delete_state(name: str) -> None:
     Raises:
         RodimusError: there is none, or it cannot be deleted.
     """
-    path = state_path(name)
+    path = named_state(name)
     try:
-        find_state(name).unlink()
+        path.unlink()
     except OSError as error:
         raise RodimusError(f"{path} cannot be deleted: {error.strerror}") from error

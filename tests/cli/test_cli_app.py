@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -84,6 +85,11 @@ def test_wrong_usage_is_one_line(arguments: list[str], message: str, capsys: pyt
         (RodimusError("the file\nis odd"), 1, "Error: the file is odd\n"),
         (KeyboardInterrupt(), 130, ""),
         (BrokenPipeError(), 1, ""),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            1,
+            "Error: standard output cannot be written: No space left on device\n",
+        ),
     ],
 )
 def test_how_a_command_ends(
@@ -104,6 +110,28 @@ def test_an_unexpected_exception_keeps_its_traceback(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(app, "app", fail)
     with pytest.raises(ZeroDivisionError):
         app.main([])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["generate", "x", "-n", "1", "-m", str(TINY_FOLDER)]], ids=["help", "generate"]
+)
+def test_a_full_disk_is_one_line(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "rodimus_mlx.cli.app", *arguments]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (
+        1,
+        "Error: standard output cannot be written: No space left on device\n",
+    )
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_streams(closed: str) -> None:
+    prompt = "" if closed == "<&-" else "x"
+    command = f"{sys.executable} -m rodimus_mlx.cli.app generate {prompt} -n 1 -m {TINY_FOLDER} {closed}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in result.stderr and result.returncode == (1 if closed == "<&-" else 0)
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

@@ -89,6 +89,11 @@ class TestText:
 
         assert sample("1") == sample("1") != sample("2")
 
+    @pytest.mark.parametrize("temperature", ["1e-39", "9e-5"])
+    def test_the_coldest_sampling_is_greedy(self, generate: Generate, temperature: str) -> None:
+        result = generate("hello", "--temp", temperature, "--seed", "1", "-n", "20")
+        assert result.out == text_of("hello", max_tokens=20) + "\n"
+
     @pytest.mark.parametrize(
         "option", [("--top-k", "1"), ("--top-p", "0.0001"), ("--min-p", "1")], ids=lambda option: option[0]
     )
@@ -178,14 +183,21 @@ class TestErrors:
         [
             ("--temp", "-1", "must be 0 or more, not -1"),
             ("--temp", "nan", "must be 0 or more, not nan"),
+            ("--temp", "inf", "must be 0 or more, not inf"),
             ("--top-p", "0", "must be above 0, and at most 1, not 0"),
             ("--top-p", "1.5", "must be above 0, and at most 1, not 1.5"),
             ("--top-k", "-1", "must be 0 or more, not -1"),
             ("--min-p", "2", "must be 0 or more, and at most 1, not 2"),
             ("--repetition-penalty", "0", "must be above 0, not 0"),
-            ("--max-tokens", "0", "must be 1 or more, not 0"),
+            ("--top-k", "-1" + "0" * 400, "must be 0 or more, not -1" + "0" * 400),
+            ("--max-tokens", "0", "must be 1 or more, and at most 2147483647, not 0"),
+            ("--max-tokens", "2147483648", "must be 1 or more, and at most 2147483647, not 2147483648"),
             ("--stop", "", "must not be empty"),
-            ("--seed", "-1", "must be 0 or more, and at most 1.84467e+19, not -1"),
+            ("--seed", "-1", "must be 0 or more, and at most 18446744073709551615, not -1"),
+            (
+                *("--seed", "18446744073709551616"),
+                "must be 0 or more, and at most 18446744073709551615, not 18446744073709551616",
+            ),
         ],
     )
     def test_ranges(self, generate: Generate, option: str, value: str, message: str) -> None:

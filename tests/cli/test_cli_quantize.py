@@ -79,6 +79,13 @@ def test_calibrated(method: str, text: str, tmp_path: Path, capsys: pytest.Captu
     assert config["quantization"]["bits"] == 2 and model.args.ffn_padding == 40
 
 
+@pytest.mark.parametrize("command", ["convert", "quantize"])
+def test_a_text_that_cannot_be_measured_is_found_first(command: str, tmp_path: Path) -> None:
+    (tmp_path / "short").write_text("a")
+    assert main([command, TINY, str(tmp_path / "out"), "--measure", str(tmp_path / "short")]) == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_measured(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", TINY, str(tmp_path / "out"), "--bits", "8", "--measure", text]) == 0
     assert "Perplexity " in capsys.readouterr().out

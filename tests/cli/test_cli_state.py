@@ -51,7 +51,7 @@ def test_from_making_to_deleting(run: Run, tmp_path: Path) -> None:
     assert len(out.splitlines()) == 5
     assert "0.000e+00" not in out
 
-    assert run("state", "delete", "first", "second-one")[:2] == (0, "first: deleted\nsecond-one: deleted\n")
+    assert run("state", "delete", "first", "second-one", "first")[:2] == (0, "first: deleted\nsecond-one: deleted\n")
     assert run("state", "list")[1] == ""
 
 
@@ -94,6 +94,8 @@ def test_another_models_state_is_refused(run: Run, tmp_path: Path) -> None:
         (["show", "absent"], "there is no state absent; there are: kept"),
         (["show", "./absent.safetensors"], "there is no file ./absent.safetensors"),
         (["show", "./a.txt"], "a.txt is not a safetensors file, or is cut short"),
+        (["delete", "kept", "absent"], "there is no state absent; there are: kept"),
+        (["delete", "kept", "../a.txt"], "'../a.txt' cannot be a state's name"),
         (["delete", "../a.txt"], "'../a.txt' cannot be a state's name"),
         (["make", "new", "a.txt", "--state", "absent"], "there is no state absent; there are: kept"),
     ],
