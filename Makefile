@@ -10,8 +10,10 @@ BIN := $(VENV)/bin
 comma := ,
 
 .PHONY: demo test lint
+# a program to go on with
+PROMPT := class Person:\n    def __init__(self, name, age):\n
 demo: $(VENV)/demo.stamp
-	printf 'class Person:\n    def __init__(self, name, age):\n' | $(BIN)/rodimus-mlx generate --temp 0.3 --max-tokens 100
+	@printf '$(PROMPT)'; printf '$(PROMPT)' | $(BIN)/rodimus-mlx generate --temp 0.3 --max-tokens 100
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n auto
