@@ -96,7 +96,10 @@ def train(
     observers: Iterable[trainer.Observer] = (),
 ) -> trainer.Result:
     """The trainer's `train` for this model."""
-    return _Run(model, samples, settings, valid, out, list(observers), {}).go()
+    run = _Run(model, samples, settings, valid, out, list(observers), {})
+    with run.changes:
+        run.set_up()
+        return run.go()
 
 
 class _Run(trainer._Run):
