@@ -32,7 +32,8 @@ def run(
     recipe: weights.QuantizationRecipe = weights.Recipe.default,
     dtype: weights.StoredDtype = None,
     calibrate: Annotated[
-        Method | None, typer.Option(help="Round by what --data shows of the model, which is loaded whole.")
+        Method | None,
+        typer.Option(help="Round by what --data shows of the model, which is loaded whole; awq only says why not."),
     ] = None,
     data: Annotated[str | None, typer.Option(metavar="FILE", help="Text or .jsonl to calibrate on.")] = None,
     samples: Annotated[int, typer.Option(metavar="N", min=1, help="Rows of the data to calibrate on.")] = 128,

@@ -36,8 +36,9 @@ def named_state(name: str) -> Path:
     """
     path = state_path(name)
     if not path.is_file():
-        known = ", ".join(state_names()) or "none yet: rodimus-mlx state make"
-        raise RodimusError(f"there is no state {name}; there are: {known}")
+        known = ", ".join(state_names())
+        others = f"; there are: {known}" if known else ", and no other: `rodimus-mlx state make` makes them"
+        raise RodimusError(f"there is no state {name}{others}")
     return path
 
 

@@ -83,6 +83,14 @@ def test_another_models_state_is_refused(run: Run, tmp_path: Path) -> None:
     assert error.startswith("Error: the state kept belongs to another model: its architecture is ")
 
 
+def test_where_there_is_no_state_at_all(run: Run) -> None:
+    status, _, error = run("state", "show", "absent")
+    assert (status, error) == (
+        1,
+        "Error: there is no state absent, and no other: `rodimus-mlx state make` makes them\n",
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
