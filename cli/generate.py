@@ -165,6 +165,7 @@ def _messages(system: str | None, text: str) -> list[dict[str, str]]:
 
 def _collect(responses: Iterator[GenerationResponse], *, prompt_tokens: int, show: bool) -> dict[str, Any]:
     """Run the generation to its end or to Ctrl-C, printing as it goes if ``show``; what --json prints."""
+    filtered = printable if sys.stdout.isatty() else str
     pieces: list[str] = []
     last: GenerationResponse | None = None
     interrupted = False
@@ -172,7 +173,7 @@ def _collect(responses: Iterator[GenerationResponse], *, prompt_tokens: int, sho
         for last in responses:
             pieces.append(last.text)
             if show:
-                print(printable(last.text) if sys.stdout.isatty() else last.text, end="", flush=True)
+                print(filtered(last.text), end="", flush=True)
     except KeyboardInterrupt:
         interrupted = True
     if show:

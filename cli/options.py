@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
+from ..serve.checks import COLDEST
+
 MOST_NEW_TOKENS = 2**31 - 1
 MOST_SEED = 2**64 - 1  # what mx.random.seed takes
-_COLDEST = 1e-4  # temperatures below are 0, as in serve's requests: 1/T must be finite in float32
 
 
 def between(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[float | None], float | None]:
@@ -36,7 +37,7 @@ def _shown(number: float) -> str:
 
 def _temperature(value: float | None) -> float | None:
     value = between(0)(value)
-    return 0.0 if value is not None and value < _COLDEST else value
+    return 0.0 if value is not None and value < COLDEST else value
 
 
 def _no_empty_text(texts: list[str] | None) -> list[str] | None:

@@ -18,6 +18,8 @@ DTYPES = ("auto", "float32", "bfloat16")
 LEARNING_RATES = {"lora": 1e-4, "dora": 1e-4, "full": 1e-5, "state": 5e-2}
 ITERS = 1000  # where neither steps nor epochs are given
 MOST_GIGABYTES = 100_000  # above which --memory-limit was meant in bytes
+# Beyond these nobody trains, but numbers of any size would reach the arrays.
+_MOST = {"rank": 4096, "iters": 10**9, "epochs": 100_000, "warmup": 10**9, "seed": 2**64 - 1}
 
 # mlx-lm's names in a config file for ours.
 _ALIASES = {
@@ -156,14 +158,14 @@ def _check(s: Settings) -> None:
         ("dtype", DTYPES),
     ):
         if getattr(s, name) not in choices:
-            raise RodimusError(f"{_option(name)} must be one of {', '.join(choices)}, not {getattr(s, name)!r}")
+            raise RodimusError(f"{option(name)} must be one of {', '.join(choices)}, not {getattr(s, name)!r}")
     whole = {"rank": 1, "num_layers": -1, "warmup": 0, "batch_size": 1, "grad_accumulation": 1, "iters": 0}
     whole |= {"seq_len": 1, "segment": 0, "seed": 0, "val_batches": -1, "eval_every": 1, "early_stop": 0}
     whole |= {"report_every": 1, "save_every": 1}
     for name, least in whole.items():
         value = getattr(s, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise RodimusError(f"{_option(name)} must be a whole number from {least} on, not {value!r}")
+            raise RodimusError(f"{option(name)} must be a whole number from {least} on, not {value!r}")
     floats = (
         "scale",
         "learning_rate",
@@ -176,7 +178,10 @@ def _check(s: Settings) -> None:
     for name in floats:
         value = getattr(s, name)
         if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-            raise RodimusError(f"{_option(name)} must be a number from 0 on, not {value!r}")
+            raise RodimusError(f"{option(name)} must be a number from 0 on, not {value!r}")
+    for name, most in _MOST.items():
+        if (value := getattr(s, name)) > most:
+            raise RodimusError(f"{option(name)} must be at most {most}, not {value}")
     if s.memory_limit > MOST_GIGABYTES:
         raise RodimusError(f"--memory-limit is in GB: {s.memory_limit:g} of them is more than any machine has")
     if not isinstance(s.dropout, (int, float)) or not 0 <= s.dropout < 1:
@@ -193,5 +198,6 @@ def _check(s: Settings) -> None:
         raise RodimusError("--packing does not go with --segment: packed documents would lose their borders")
 
 
-def _option(name: str) -> str:
+def option(name: str) -> str:
+    """A setting's name as the command line has it."""
     return "--" + name.replace("_", "-")

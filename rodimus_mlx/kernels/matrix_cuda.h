@@ -5,7 +5,6 @@
 
 #define MATRIX_ROUNDS true  // factors, to TF32: what is lost, matrix_rest, can be a factor of its own
 
-
 FN uint sum_row(uint lane, int i) { return lane / 4 + 8 * (i / 2); }
 FN uint sum_column(uint lane, int i) { return 2 * (lane % 4) + i % 2; }
 

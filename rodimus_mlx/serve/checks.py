@@ -63,7 +63,7 @@ _RANGES = {
     "presence_context_size": (0, 100_000),
     "frequency_context_size": (0, 100_000),
 }
-_COLDEST = 1e-4  # temperatures below are 0
+COLDEST = 1e-4  # temperatures below are 0: 1/T must be finite in float32
 _MOST_STOPS = 16
 _LONGEST_STOP = 1000
 
@@ -140,7 +140,7 @@ def _check_numbers(passed: dict[str, Any], vocab_size: int, most_tokens: int) ->
     for field, (low, high) in _RANGES.items():
         if isinstance(value := passed.get(field), (int, float)) and not low <= value <= high:
             _refuse(f"{field} must be at {'least' if value < low else 'most'} {low if value < low else high}", field)
-    if isinstance(value := passed.get("temperature"), (int, float)) and value < _COLDEST:
+    if isinstance(value := passed.get("temperature"), (int, float)) and value < COLDEST:
         passed["temperature"] = 0
     for field in ("max_tokens", "max_completion_tokens"):
         if isinstance(passed.get(field), int) and passed[field] > most_tokens:
